@@ -1,0 +1,392 @@
+"""FastVMT: a new video that shows a prompt with the motion of a reference clip, without training (arXiv 2602.05551).
+
+    python fastvmt.py                                                  # tiny model and bundled clip
+    python fastvmt.py --model Wan2.1-T2V-1.3B --ref clip.mp4 --prompt "a fox runs over a frozen lake"
+
+The queries and keys of one block of the diffusion transformer tell where each token goes from frame to frame: the
+Attention Motion Flow (window.py). In the first steps of denoising, the latent is optimised (skip_optim.py) until its
+flow matches the reference's (losses.py). `transfer` below is the whole method.
+"""
+
+import json
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from losses import amf_loss, total_loss, window_loss
+from skip_optim import optimise
+from wan_mini.dit import WanDiT
+from wan_mini.flops import activation_bytes, forward_flops, gradient_flops
+from wan_mini.generate import NEGATIVE, decode, encode_prompts, guided_velocity
+from wan_mini.load import Wan, load_vae, load_wan, outline
+from wan_mini.preview import side_by_side, with_arrows
+from wan_mini.runtime import (
+    DTYPES,
+    Parser,
+    Stages,
+    check_finite,
+    check_new_folder,
+    digests,
+    height_width,
+    load_latents,
+    parse_knobs,
+    pick_device,
+    pick_dtype,
+    resident,
+    run,
+    save_latents,
+    versions,
+)
+from wan_mini.scheduler import FlowEuler
+from wan_mini.tiny.untrained import untrained_checkpoint
+from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
+from window import CHUNK_BYTES, dense_amf, frame_pairs, tile_centres, windowed_amf
+
+TINY_PROMPT = "a green square on a dark background"
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """Every knob of a transfer. "release" is the published code, mayuelala/FastVMT at 34a050b."""
+
+    height: int = 480  # pixels, multiple of 16 (Sec. 4.1)
+    width: int = 832
+    frames: int = 81  # 4k+1 (Sec. 4.1)
+    fps: float = 16  # Wan 2.1's rate; the reference is resampled to it
+    steps: int = 50  # denoising steps (Sec. 4.1)
+    shift: float = 7.0  # release; the paper does not say
+    cfg: float = 5.8  # release; the paper does not say
+    strength: float = 1.0  # 1: start from Gaussian noise (paper); below: from the noised reference (release: 0.75)
+    amf: str = "windowed"  # "windowed" (FastVMT), "dense" (all pairs of tokens), "none" (no guidance)
+    guided: float = 0.2  # first share of the steps that is guided (Sec. 4.1)
+    inner_steps: int = 10  # latent updates per guided step (Sec. 4.1)
+    interval: int = 3  # a gradient every so many updates (Eq. 9; release: 3)
+    lr: tuple[float, float] = (0.003, 0.002)  # first and last update (Sec. 4.1)
+    block: int | None = None  # whose q and k; None: the middle one, 14 of 30 (Fig. 7, "15th block")
+    tau: float = 2.0  # factor of the mean logits (DiTFlow; not comparable with the release's, which scrambles heads)
+    tile: tuple[int, int] = (3, 4)  # tokens, rows and columns (release)
+    window: int = 21  # tokens, side of the square window (release)
+    span: int = 4  # largest distance of a frame pair (release, corrected: there the largest is 3)
+    alpha: float = 0.2  # how much less the farthest pair weighs (Eq. 6)
+    weights: tuple[float, float] = (5.0, 1.0)  # of AMF loss and window loss (Eq. 8)
+    centres: str = "ref0"  # windows around the clean reference's matches; "ref": the noised one's, "own": each its own
+    centre_kind: str = "argmax"  # Eq. 4; "soft": Eq. 2
+
+    def __post_init__(self):
+        choices = {"amf": ("windowed", "dense", "none"), "centres": ("ref0", "ref", "own")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
+        if not 0 <= self.guided <= 1:
+            raise ValueError(f"guided must be a share of the steps in [0, 1], got {self.guided}")
+
+    @property
+    def guided_steps(self) -> int:
+        """Number of guided denoising steps."""
+        return 0 if self.amf == "none" else int(np.ceil(round(self.guided * self.steps, 6)))
+
+    def block_of(self, dit: WanDiT) -> int:
+        """The block whose queries and keys are read: of 30 the 15th, index 14; of others the middle one too."""
+        return (dit.config.num_layers - 1) // 2 if self.block is None else self.block
+
+
+# For the tiny model: its steps and its grid of 8x12 tokens are fewer.
+TINY_MOTION = MotionConfig(
+    height=128, width=192, frames=33, steps=25, shift=3.0, cfg=3.0, guided=0.4, lr=(0.015, 0.010), tau=3.0, window=5
+)
+
+
+@dataclass
+class Transfer:
+    """What a run gives: frames (T,H,W,3) uint8, final latents (1,16,F,h,w) float32, both clips' flows, and a report."""
+
+    frames: np.ndarray
+    latents: Tensor
+    flows: tuple[Tensor, Tensor]  # (F-1, S, 2) from each latent frame to the next: reference, result
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def transfer(
+    wan: Wan,
+    clip: np.ndarray,
+    prompt: str,
+    config: MotionConfig,
+    *,
+    seed: int = 0,
+    negative: str = NEGATIVE,
+    device: torch.device | str = "cpu",
+    on_latents: Callable[[Tensor, tuple[Tensor, Tensor]], None] = lambda latents, flows: None,
+) -> Transfer:
+    """Generate a video of `prompt` that moves like `clip`.
+
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works.
+    on_latents gets the final latents and flows before decoding, so that a failure there loses nothing.
+    Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
+    """
+    device = torch.device(device)
+    stage = Stages(device)
+    with stage("text"):
+        text, negative_text, null = encode_prompts(wan, [prompt, negative, ""], device)
+    with stage("encode"), resident(wan.vae, device):
+        z_ref = wan.vae.encode(to_model(clip).to(device), progress=lambda steps: tqdm(steps, desc="encode"))
+    noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    scheduler = FlowEuler(config.steps, config.shift, config.strength)
+
+    def noised_reference(sigma: Tensor) -> Tensor:
+        return (1 - sigma) * z_ref + sigma * noise  # the same noise as the start's
+
+    x = noised_reference(scheduler.sigmas[0])  # sigma is 1 there, pure noise, unless strength < 1
+    losses = []
+    with resident(wan.dit, device), tqdm(total=config.steps, desc="denoise", unit="step") as bar:
+        guide = Guide(wan.dit, z_ref, text, null, config)
+        for index, (sigma, timestep) in enumerate(zip(scheduler.sigmas, scheduler.timesteps)):
+            if index < config.guided_steps:
+                with stage("guide"):
+                    loss = guide.loss_at(timestep, noised_reference(sigma), bar)
+                    x, inner = optimise(x, loss, steps=config.inner_steps, interval=config.interval, lr=config.lr)
+                    losses.append(inner.losses)
+            with stage("denoise"):
+                velocity = guided_velocity(wan.dit, x, timestep, text, negative_text, config.cfg)
+                x = scheduler.step(index, x, velocity)
+            check_finite(x, index, config.steps)
+            bar.update()
+        flows = guide.clean_flow(z_ref), guide.clean_flow(x)
+    on_latents(x, flows)
+    with stage("decode"):
+        frames = decode(wan.vae, x, device)
+    report = {"stages": stage.table, "losses": losses, "gradients": sum(map(len, losses)), **guide.report}
+    return Transfer(frames, x, flows, report)
+
+
+class Guide:
+    """The motion of a reference clip, and the loss that pulls a latent towards it."""
+
+    def __init__(self, dit: WanDiT, z_ref: Tensor, text: Tensor, null: Tensor, config: MotionConfig):
+        self.dit, self.text, self.null, self.config = dit, text, null, config
+        self.grid = dit.grid(z_ref)
+        self.pairs = frame_pairs(self.grid[0], config.span)
+        self.block = config.block_of(dit)
+        self.checkpoint = needs_checkpoint(dit, self.grid, self.block, z_ref.device)
+        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint}
+        self.centres = None
+        if config.amf == "windowed" and config.centres == "ref0":  # once per run, from the clean reference (t = 0)
+            self.centres = self.centres_of(*self.qk(z_ref, torch.zeros(1), null))
+
+    def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the block, (1,N,M,D) each."""
+        return self.dit(
+            x, timestep.reshape(1), text, qk_block=self.block, checkpoint=self.checkpoint and x.requires_grad
+        )
+
+    def centres_of(self, q: Tensor, k: Tensor) -> Tensor:
+        """Where each tile went, (pairs, tiles, 2)."""
+        c = self.config
+        return tile_centres(q, k, self.grid, self.pairs, tile=c.tile, kind=c.centre_kind, tau=c.tau)
+
+    def flow(self, q: Tensor, k: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Motion flow (pairs, S, 2), and its windows if it has any."""
+        c = self.config
+        if c.amf == "dense":
+            return dense_amf(q, k, self.grid, self.pairs, tau=c.tau), None
+        centres = self.centres_of(q, k) if centres is None else centres  # None: "own"
+        return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
+
+    def loss_at(self, timestep: Tensor, noised_reference: Tensor, bar: tqdm) -> Callable[[Tensor], Tensor]:
+        """The loss of a latent at this timestep, against the reference at the same noise (Eq. 5-8)."""
+        q_ref, k_ref = self.qk(noised_reference, timestep, self.null)
+        centres = self.centres_of(q_ref, k_ref) if self.config.centres == "ref" else self.centres
+        flow_ref, _ = self.flow(q_ref, k_ref, centres)
+
+        def loss(x: Tensor) -> Tensor:
+            q, k = self.qk(x, timestep, self.text)
+            flow, windows = self.flow(q, k, centres)
+            amf = amf_loss(flow_ref, flow, self.pairs, self.config.span, self.config.alpha)
+            tracking = k.new_zeros(()) if windows is None else window_loss(k, self.grid, self.pairs, windows)
+            bar.set_postfix(amf=f"{amf.item():.4g}", window=f"{tracking.item():.4g}")
+            return total_loss(amf, tracking, self.config.weights)
+
+        return loss
+
+    def clean_flow(self, latents: Tensor) -> Tensor:
+        """Dense flow of a clean clip from each latent frame to the next, (F-1, S, 2): for people to look at."""
+        q, k = self.qk(latents, torch.zeros(1), self.null)
+        return dense_amf(q, k, self.grid, frame_pairs(self.grid[0], 1), tau=self.config.tau)
+
+
+def needs_checkpoint(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> bool:
+    """Whether a gradient's activations would not fit into 80 % of the device's free memory (asked on cuda only)."""
+    if device.type != "cuda":
+        return False
+    width = dit.patch_embedding.weight.element_size()
+    needed = activation_bytes(dit.config, grid[0] * grid[1] * grid[2], block, width)
+    return needed > 0.8 * torch.cuda.mem_get_info(device)[0]
+
+
+# The command line.
+
+
+def parser() -> Parser:
+    """The flags; their defaults are MotionConfig's."""
+    c, t = MotionConfig(), TINY_MOTION
+    p = Parser(
+        prog="fastvmt.py", description="Generate a video that shows a prompt with the motion of a reference clip."
+    )
+    model = p.add_argument_group("model")
+    model.add_argument("--model", type=Path, default=Path("tiny"), help="checkpoint folder, any layout (%(default)s)")
+    model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (bfloat16 where native)")
+    model.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
+    clip = p.add_argument_group("clip and prompt")
+    clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (tiny: a synthetic clip)")
+    clip.add_argument("--prompt", help=f'what the new video shows (tiny: "{TINY_PROMPT}")')
+    clip.add_argument("--negative", default=NEGATIVE, help="what it should not look like (Wan's default)")
+    clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps} a second ({c.frames}, tiny {t.frames})")
+    size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
+    clip.add_argument("--size", type=height_width, help=f"HEIGHTxWIDTH in pixels, multiples of 16 ({size})")
+    clip.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    method = p.add_argument_group("method")
+    method.add_argument("--amf", help=f"motion flow: windowed, dense or none ({c.amf})")
+    method.add_argument("--interval", type=int, help=f"a gradient every so many latent updates ({c.interval})")
+    method.add_argument("--steps", type=int, help=f"denoising steps ({c.steps}, tiny {t.steps})")
+    method.add_argument("--strength", type=float, help=f"below 1: start from the noised reference ({c.strength})")
+    names = ", ".join(f.name for f in fields(c))
+    method.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"any knob of MotionConfig: {names}")
+    output = p.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    output.add_argument("--png", action="store_true", help="write the frames as PNG too")
+    output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
+    output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
+    return p
+
+
+def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
+    """The model's MotionConfig with what the command line changes; sizes are rounded, and that is said."""
+    given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "strength", "frames")}
+    knobs = {name: value for name, value in given.items() if value is not None}
+    if args.size:
+        knobs["height"], knobs["width"] = args.size
+    config = replace(base, **knobs, **parse_knobs(base, args.set))
+    height, width = valid_size((config.height, config.width))
+    rounded = replace(config, height=height, width=width, frames=valid_frames(config.frames))
+    for name in ("height", "width", "frames"):
+        if getattr(rounded, name) != getattr(config, name):
+            print(f"note: {name} {getattr(config, name)} becomes {getattr(rounded, name)}")
+    return rounded
+
+
+def dry_run(
+    model: Path, name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype
+) -> None:
+    """Print what a run would cost, from the sizes of the parts alone."""
+    c, dit, width = config, parts["dit"].config, dtype.itemsize
+    f, h, w = (c.frames - 1) // 4 + 1, c.height // 16, c.width // 16
+    tokens, block = f * h * w, c.block_of(parts["dit"])
+    pairs, updates = len(frame_pairs(f, c.span)), c.guided_steps * c.inner_steps
+    gradients = c.guided_steps * -(-c.inner_steps // c.interval)
+    plain = c.steps * (1 if c.cfg == 1 else 2) * forward_flops(dit, tokens)
+    guidance = c.guided_steps * forward_flops(dit, tokens, block) + gradients * gradient_flops(dit, tokens, block)
+    count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
+    weights = {part: n * (4 if part == "vae" else width) / 1e9 for part, n in count.items()}
+    kept, recomputed = (activation_bytes(dit, tokens, block, width, again) / 1e9 for again in (False, True))
+    print(f"model        {name} ({model}): " + ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in count.items()))
+    print(f"clip         {c.frames} frames of {c.height}x{c.width} at {c.fps} a second")
+    print(f"tokens       {f} x {h} x {w} = {tokens}, tiles {c.tile[0]}x{c.tile[1]}, window {c.window}")
+    print(f"guidance     {c.guided_steps} of {c.steps} steps, block {block} of {dit.num_layers}, {pairs} frame pairs")
+    print(f"evaluations  {gradients} gradients for {updates} latent updates")
+    print(f"operations   denoising {plain / 1e12:,.1f} TFLOP, guidance {guidance / 1e12:,.1f} TFLOP")
+    print("weights      " + ", ".join(f"{part} {size:.2f} GB" for part, size in weights.items()))
+    print(f"activations  {kept:.2f} GB for a gradient, {recomputed:.2f} GB with checkpointing (estimates)")
+    print(f"flow         {4 * max(CHUNK_BYTES, 4 * (h * w) ** 2) / 1e9:.2f} GB at most")
+
+
+def write_result(
+    folder: Path, frames: np.ndarray, clip: np.ndarray, flows: tuple[Tensor, Tensor], settings: dict
+) -> None:
+    """The clip, and the preview: reference beside result, each with arrows of its flow."""
+    config = settings["config"]
+    grid = (len(flows[0]) + 1, clip.shape[1] // 16, clip.shape[2] // 16)
+    panels = zip(("reference", "result"), (clip, frames), flows)
+    preview = side_by_side({name: with_arrows(panel, flow, grid, config["tile"]) for name, panel, flow in panels})
+    files = [write_video(folder / "result.mp4", frames, config["fps"], {"ai_generated": True, **settings})]
+    files.append(write_video(folder / "preview.webp", preview, config["fps"]))
+    print("wrote", ", ".join(map(str, files)))
+
+
+def finish(latents: Path, device: torch.device) -> None:
+    """Decode the latents of a run that stopped there, and write its result beside them."""
+    x, flows, settings = load_latents(latents)
+    config = settings["config"]
+    size = config["height"], config["width"]
+    clip = read_video(settings["ref"], size=size, frames=config["frames"], fps=config["fps"])
+    vae = load_vae(settings["model"], device=device, dtype=torch.float32)
+    write_result(latents.parent, decode(vae, x, device), clip, flows, settings)
+
+
+def program(argv: list[str] | None) -> None:
+    """Parse, then finish an old run, print a new one's costs, or do it."""
+    args = parser().parse_args(argv)
+    device = pick_device(args.device)
+    dtype = pick_dtype(device, args.dtype)
+    if args.decode:
+        finish(args.decode, device)
+        return
+    name, parts = outline(args.model)
+    config = config_of(args, TINY_MOTION if name == "tiny" else MotionConfig())
+    if args.dry_run:
+        dry_run(args.model, name, parts, config, dtype)
+        return
+    if args.model == Path("tiny") and not args.model.exists():
+        args.model, reference = untrained_checkpoint()
+        args.ref, args.prompt = args.ref or reference, TINY_PROMPT if args.prompt is None else args.prompt
+        print("note: the tiny model is untrained, so its video is noise; the pipeline is the real one")
+    if args.ref is None or args.prompt is None:
+        raise ValueError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
+    if not args.prompt.strip():
+        print("note: the prompt is empty, so the video shows whatever the model likes")
+    transfer_files(args, config, device, dtype)
+
+
+def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """One run from file to files: what can fail cheaply comes first."""
+    folder = check_new_folder(args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S")))
+    clip = read_video(args.ref, size=(config.height, config.width), frames=config.frames, fps=config.fps)
+    if len(clip) < config.frames:
+        print(f"note: {args.ref} is shorter than {config.frames} frames, so {len(clip)} are used")
+        config = replace(config, frames=len(clip))
+    settings = {"model": str(args.model), "ref": str(args.ref), "prompt": args.prompt, "negative": args.negative}
+    settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
+    wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=dtype)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
+
+    def save(latents: Tensor, flows: tuple[Tensor, Tensor]) -> None:
+        save_latents(folder / "latents.safetensors", latents, flows, settings)
+
+    options = {"seed": args.seed, "negative": args.negative, "device": device, "on_latents": save}
+    result = transfer(wan, clip, args.prompt, config, **options)
+    write_result(folder, result.frames, clip, result.flows, settings)
+    for number, frame in enumerate(result.frames if args.png else []):
+        Image.fromarray(frame).save(folder / f"frame{number:04d}.png")
+    record = {**settings, **result.report, "versions": versions(), "checkpoint_sha256": digests(args.model)}
+    (folder / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for stage, cost in result.report["stages"].items():
+        print(f"{stage:8} {cost['seconds']:8.1f} s  peak {cost['peak_gb']} GB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after an error that its user can mend."""
+    return run(program, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,56 @@
+"""Latent optimisation that computes a gradient only every few steps: FastVMT (arXiv 2602.05551) Eq. 9, 10.
+
+Neighbouring inner steps have almost the same gradient, and the gradient is nearly all of a step's cost. This file
+knows nothing of Wan: a latent, a loss, a schedule.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Report:
+    """What an optimisation did: the loss at each gradient, and how many gradients there were."""
+
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def gradients(self) -> int:
+        """Number of gradient evaluations, ceil(steps / interval)."""
+        return len(self.losses)
+
+
+def optimise(
+    latents: Tensor,
+    loss_fn: Callable[[Tensor], Tensor],
+    *,
+    steps: int = 10,
+    interval: int = 3,
+    lr: tuple[float, float] = (0.003, 0.002),
+) -> tuple[Tensor, Report]:
+    """Lower loss_fn(latents) by `steps` AdamW updates with a gradient at steps 0, interval, 2 interval, ...
+
+    The other steps reuse the last gradient: they run neither loss_fn nor autograd. The rate falls linearly from lr[0]
+    to lr[1]; no weight decay, a fresh optimiser each call. interval=1 is plain AdamW.
+    -> optimised latents, a float32 copy (bfloat16 would lose a third of the updates), and the report.
+    Raises ValueError on steps or interval below 1, FloatingPointError on a loss that is not finite.
+    """
+    if steps < 1 or interval < 1:
+        raise ValueError(f"steps and interval must be at least 1, got {steps} and {interval}")
+    x = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
+    optimizer = torch.optim.AdamW([x], lr=lr[0], weight_decay=0.0)
+    report = Report()
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
+        if step % interval == 0:  # Eq. 9: else x.grad still holds the last gradient
+            with torch.enable_grad():
+                loss = loss_fn(x)
+            report.losses.append(loss.item())
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"loss is {loss.item()} at inner step {step}: lower lr, or use float32")
+            (x.grad,) = torch.autograd.grad(loss, x)
+        optimizer.step()
+    return x.detach(), report

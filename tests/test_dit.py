@@ -1,0 +1,148 @@
+"""The diffusion transformer against the official code's golden file, and its own invariants."""
+
+import pytest
+import torch
+from conftest import error, golden, weights
+
+from wan_mini.config import TINY, DiTConfig
+from wan_mini.dit import FP32_PARTS, WanDiT, apply_rope, rope_table
+
+SMALL = DiTConfig(dim=48, ffn_dim=64, num_heads=3, num_layers=4, freq_dim=32, text_dim=10, text_len=6)
+
+
+def small_inputs(batch=1):
+    return torch.randn(batch, 16, 3, 6, 10), torch.linspace(300, 900, batch), torch.randn(batch, 4, 10)
+
+
+def bf16(model: WanDiT) -> WanDiT:
+    """The model as load.py makes it for bfloat16: islands stay float32."""
+    for name, parameter in model.named_parameters():
+        if not any(part in name for part in FP32_PARTS):
+            parameter.data = parameter.data.bfloat16()
+    return model
+
+
+@torch.no_grad()
+def test_equals_the_official_code():
+    data = golden("dit")
+    model = WanDiT(DiTConfig(dim=128, ffn_dim=256, num_heads=4, num_layers=3, text_dim=48, text_len=16))
+    model.load_state_dict(weights(data))
+    inputs = data["in/latents"], data["in/timestep"], data["in/context"]
+    q, k = model(*inputs, qk_block=1)
+    assert error(model(*inputs), data["out/velocity"]) < 1e-5
+    assert error(q, data["out/q"]) < 1e-5
+    assert error(k, data["out/k"]) < 1e-5
+
+
+@pytest.mark.parametrize("block", [0, 2, 3])
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_stopping_at_a_block_equals_the_whole_model(block, checkpoint):
+    """Values, and the latents' gradient, equal those of a full forward whose block is watched by a hook."""
+    model = WanDiT(SMALL).requires_grad_(False)
+    latents, timestep, text = small_inputs()
+    latents.requires_grad_()
+    seen = {}
+
+    def watch(module, args, kwargs):
+        x = args[0]
+        seen["qk"] = module.qk(x, x, kwargs["rope"])
+
+    model.blocks[block].self_attn.register_forward_pre_hook(watch, with_kwargs=True)
+    model(latents, timestep, text)
+    grads = []
+    for q, k in (seen["qk"], model(latents, timestep, text, qk_block=block, checkpoint=checkpoint)):
+        grads.append((q, k, *torch.autograd.grad((q * k.roll(1, 1)).sum(), latents)))
+    for whole, cut in zip(*grads):
+        assert torch.equal(whole, cut)
+
+
+def test_nothing_behind_the_block_runs():
+    model = WanDiT(SMALL)
+    for block in model.blocks[2:]:
+        block.register_forward_pre_hook(lambda *_: pytest.fail("a later block ran"))
+    for part in (model.head, model.blocks[2].self_attn.v, model.blocks[2].self_attn.o, model.blocks[2].ffn):
+        part.register_forward_pre_hook(lambda *_: pytest.fail("more than q and k ran"))
+    q, k = model(*small_inputs(), qk_block=2)
+    assert q.shape == k.shape == (1, 3 * 3 * 5, 3, 16)
+
+
+@torch.no_grad()
+def test_tokens_are_in_raster_order():
+    """Put each latent's row and column into two channels: token n must hold those of its own patch."""
+    f, h, w = 2, 3, 5
+    model = WanDiT(SMALL)
+    rows, columns = torch.meshgrid(torch.arange(2.0 * h), torch.arange(2.0 * w), indexing="ij")
+    latents = torch.zeros(1, 16, f, 2 * h, 2 * w)
+    latents[0, 0], latents[0, 1], latents[0, 2] = rows, columns, torch.arange(f).reshape(f, 1, 1)
+    model.patch_embedding.weight.zero_()
+    model.patch_embedding.bias.zero_()
+    for channel in range(3):
+        model.patch_embedding.weight[channel, channel] = 0.25
+    tokens = model.patch_embedding(latents).flatten(2).transpose(1, 2)[0, :, :3]
+    n = torch.arange(f * h * w)
+    wanted = torch.stack([2 * (n // w % h) + 0.5, 2 * (n % w) + 0.5, n // (h * w)], dim=1)
+    torch.testing.assert_close(tokens, wanted)
+
+
+def test_unpatchify_inverts_patchify():
+    model = WanDiT(SMALL)
+    latents = torch.randn(2, 16, 3, 6, 10)
+    patches = latents.reshape(2, 16, 3, 3, 2, 5, 2).permute(0, 2, 3, 5, 4, 6, 1).reshape(2, 45, 64)
+    assert torch.equal(model.unpatchify(patches, (3, 3, 5)), latents)
+
+
+@torch.no_grad()
+def test_rope_depends_on_relative_position_only():
+    cos, sin = rope_table((4, 5, 6), 16, torch.device("cpu"))
+    assert cos.shape == (120, 1, 8)
+    q, k = torch.randn(2, 16)
+    here, there = (apply_rope(x.expand(1, 120, 1, 16), (cos, sin)).reshape(4, 5, 6, 16) for x in (q, k))
+    products = [(here[a, b, c] * there[a + 1, b + 2, c - 1]).sum() for a, b, c in ((0, 0, 1), (2, 2, 5), (1, 1, 3))]
+    torch.testing.assert_close(products[0], products[1])
+    torch.testing.assert_close(products[0], products[2])
+    torch.testing.assert_close(here.norm(dim=-1), q.norm().expand(4, 5, 6))
+
+
+@torch.no_grad()
+def test_a_batch_is_its_rows_and_padding_is_zeros():
+    model = WanDiT(SMALL)
+    latents, timestep, text = small_inputs(batch=2)
+    both = model(latents, timestep, text)
+    for n in range(2):
+        padded = torch.cat([text[n : n + 1], torch.zeros(1, 2, 10)], dim=1)
+        one = model(latents[n : n + 1], timestep[n : n + 1], padded)
+        torch.testing.assert_close(both[n : n + 1], one, rtol=1e-4, atol=1e-5)
+    assert (both[0] - both[1]).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_the_islands_and_stays_close():
+    model = WanDiT(TINY)
+    inputs = torch.randn(1, 16, 2, 8, 8), torch.tensor([637.0]), torch.randn(1, 9, 64)
+    wanted = model(*inputs)
+    q_wanted, _ = model(*inputs, qk_block=3)
+    model = bf16(model)
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    assert dtypes["blocks.0.ffn.0.weight"] == dtypes["patch_embedding.weight"] == torch.bfloat16
+    assert dtypes["blocks.0.modulation"] == dtypes["time_embedding.0.weight"] == torch.float32
+    stream = []
+    model.blocks[-1].register_forward_hook(lambda *args: stream.append(args[-1].dtype))
+    got, (q, _) = model(*inputs), model(*inputs, qk_block=3)
+    assert stream == [torch.float32] and got.dtype == q.dtype == torch.float32
+    assert 1e-5 < error(got, wanted) < 0.03
+    assert 1e-5 < error(q, q_wanted) < 0.03
+
+
+def test_errors_name_what_was_wanted():
+    model = WanDiT(SMALL)
+    latents, timestep, text = small_inputs()
+    with pytest.raises(ValueError, match=r"\(B, 16, F, H, W\) .* divisible by \(1, 2, 2\), got \(1, 16, 3, 5, 10\)"):
+        model(latents[..., :5, :], timestep, text)
+    with pytest.raises(ValueError, match=r"got \(1, 8, 3, 6, 10\)"):
+        model(latents[:, :8], timestep, text)
+    with pytest.raises(ValueError, match=r"qk_block must be in 0..3, got 4"):
+        model(latents, timestep, text, qk_block=4)
+    with pytest.raises(ValueError, match=r"text must be \(B, L <= 6, 10\), got \(1, 7, 10\)"):
+        model(latents, timestep, torch.randn(1, 7, 10))
+    with pytest.raises(ValueError, match="heads of even width, got 50 / 4"):
+        DiTConfig(dim=50, ffn_dim=8, num_heads=4, num_layers=1)

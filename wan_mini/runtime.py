@@ -1,0 +1,203 @@
+"""What both programs share: devices, stages, files of a run, arguments, and errors in one line."""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wan_mini.layouts import find_parts
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device asked for, else the best there is: cuda, mps, cpu. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name is None:
+        return torch.device(next(kind for kind, available in there.items() if available))
+    if not there.get(name.split(":")[0], False):
+        usable = ", ".join(kind for kind, available in there.items() if available)
+        raise ValueError(f"device {name} is not available here, choose one of: {usable}")
+    return torch.device(name)
+
+
+def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
+    """The dtype asked for, else bfloat16 where the hardware has it natively, else float32.
+
+    An older GPU claims bfloat16 support but emulates it, so its compute capability decides.
+    """
+    if name is not None:
+        return DTYPES[name]
+    native = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if native else torch.float32
+
+
+@contextmanager
+def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Keep a module on the device inside the block, and where it came from outside of it."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+class Stages:
+    """Seconds (summed) and peak memory of each named stage of a run, for its report."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.table = device, {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Measure the block; device work is finished before the clock stops."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        yield
+        if cuda:
+            torch.cuda.synchronize(self.device)
+        seconds, peak = time.perf_counter() - start, self.peak_gb()
+        before = self.table.get(name, {"seconds": 0.0, "peak_gb": peak})
+        peak = None if peak is None else max(peak, before["peak_gb"])
+        self.table[name] = {"seconds": round(before["seconds"] + seconds, 3), "peak_gb": peak}
+
+    def peak_gb(self) -> float | None:
+        """Most device memory (10^9 bytes) since the stage began; on a CPU the process's most so far, where known."""
+        if self.device.type == "cuda":
+            return round(torch.cuda.max_memory_allocated(self.device) / 1e9, 3)
+        try:
+            import resource  # not on Windows
+        except ImportError:
+            return None
+        unit = 1 if sys.platform == "darwin" else 1024
+        return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def check_finite(latents: Tensor, step: int, steps: int) -> None:
+    """Raises FloatingPointError that names the step if latents hold NaN or infinity."""
+    if not torch.isfinite(latents).all():
+        hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.load"
+        raise FloatingPointError(f"latents are not finite after step {step + 1} of {steps}: {hint}")
+
+
+def check_new_folder(folder: Path) -> Path:
+    """The folder, if a run may be written there. Raises ValueError if it holds one already or cannot be made."""
+    if (folder / "latents.safetensors").exists():
+        raise ValueError(f"{folder} already holds a run: choose another --out")
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(
+            f"cannot write into {folder}, because {there} is not a folder one may write to: choose another"
+        )
+    return folder
+
+
+def save_latents(path: Path, latents: Tensor, flows: tuple[Tensor, Tensor], settings: dict[str, Any]) -> None:
+    """All that it takes to decode later; the same run gives the same bytes."""
+    tensors = {"latents": latents, "flow_reference": flows[0], "flow_result": flows[1]}
+    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, {"settings": json.dumps(settings)})
+
+
+def load_latents(path: Path) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Any]]:
+    """What save_latents wrote. Raises ValueError if it did not, FileNotFoundError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the latents.safetensors of a run")
+    try:
+        with safe_open(path, framework="pt") as file:
+            latents, *flows = (file.get_tensor(name) for name in ("latents", "flow_reference", "flow_result"))
+            return latents, tuple(flows), json.loads(file.metadata()["settings"])
+    except (SafetensorError, TypeError, KeyError) as problem:
+        raise ValueError(f"{path} is no run's latents.safetensors ({problem})") from None
+
+
+def digests(model: Path) -> dict[str, str]:
+    """SHA-256 of each weight file of a checkpoint folder."""
+    out = {}
+    files = sorted({file for part in find_parts(model).values() for file in part.files})
+    for file in tqdm(files, desc="hash", unit="file"):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while block := stream.read(2**24):
+                digest.update(block)
+        out[str(file.relative_to(model))] = digest.hexdigest()
+    return out
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the five packages."""
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "safetensors", "numpy", "pillow", "tqdm")
+    }
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that complains in one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+def height_width(text: str) -> tuple[int, int]:
+    """Parse "480x832", height first, for argparse."""
+    try:
+        height, width = (int(number) for number in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"size must be HEIGHTxWIDTH such as 480x832, got {text}") from None
+    return height, width
+
+
+def parse_knobs(base: Any, texts: list[str]) -> dict[str, Any]:
+    """Parse NAME=VALUE for fields of a dataclass, each with the type of its value in `base`; tuples as 3,4.
+
+    Raises ValueError on an unknown name or a value of another type.
+    """
+    knobs = {}
+    names = [f.name for f in fields(base)]
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names or not value:
+            raise ValueError(f"--set needs NAME=VALUE with one of {', '.join(names)}, got {text}")
+        default = getattr(base, name)
+        try:
+            if isinstance(default, tuple):
+                knobs[name] = tuple(type(n)(part) for n, part in zip(default, value.split(","), strict=True))
+            else:
+                knobs[name] = int(value) if default is None else type(default)(value)
+        except ValueError:
+            raise ValueError(f"--set {name} needs a value like {default}, got {value}") from None
+    return knobs
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
+    """Call a program's main: exit code 0, or 2 with one line on stderr for what its user can mend."""
+    try:
+        main(argv)
+    except (ValueError, OSError, FloatingPointError) as problem:
+        print("error:", " ".join(str(problem).split("\n")), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as problem:
+        print(f"error: out of memory, try --offload or a smaller clip ({str(problem).split('. ')[0]})", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,80 @@
+"""Write a tiny Wan with random weights, so that the whole pipeline runs where no checkpoint is: its videos are noise.
+
+python -m wan_mini.tiny.untrained FOLDER
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from wan_mini.config import TINY, TINY_UMT5, TINY_VAE
+from wan_mini.dit import WanDiT
+from wan_mini.load import save_wan
+from wan_mini.umt5 import UMT5Encoder
+from wan_mini.vae import WanVAE
+from wan_mini.video import write_video
+
+SPECIAL = ("<pad>", "</s>", "<unk>")  # numbers 0, 1, 2 as in UMT5
+
+
+def tokenizer_json() -> dict:
+    """A unigram tokenizer of single printable ASCII characters, in the format of the official tokenizer.json."""
+    pieces = [*SPECIAL, "▁", *(chr(code) for code in range(33, 127))]
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": number, "content": token, **flags} for number, token in enumerate(SPECIAL)],
+        "normalizer": None,
+        "pre_tokenizer": metaspace,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": metaspace,
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [[piece, -float(i > 2)] for i, piece in enumerate(pieces)]},
+    }
+
+
+def write_untrained(folder: str | Path, seed: int = 0) -> None:
+    """Write the checkpoint folder, official layout; the same seed gives the same bytes."""
+    with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
+        torch.manual_seed(seed)
+        tokenizer = Path(scratch, "tokenizer.json")
+        tokenizer.write_text(json.dumps(tokenizer_json()), encoding="utf-8")
+        save_wan(folder, WanDiT(TINY), WanVAE(TINY_VAE), UMT5Encoder(TINY_UMT5), tokenizer)
+
+
+def reference_clip(frames: int = 33, height: int = 128, width: int = 192) -> np.ndarray:
+    """A disc that swings over a textured background, (T,H,W,3) uint8."""
+    y, x = np.mgrid[:height, :width]
+    texture = 90 + 30 * np.sin(x / 9) * np.sin(y / 7) + 10 * np.sin(x / 3 + y / 5)  # (H, W)
+    background = np.stack([texture, 0.9 * texture, 1.2 * texture], axis=-1)
+    clip = []
+    for t in np.linspace(0, 2 * np.pi, frames):
+        centre = height * (0.5 + 0.2 * np.sin(2 * t)), width * (0.5 - 0.3 * np.cos(t))
+        cover = np.clip(18.5 - np.hypot(y - centre[0], x - centre[1]), 0, 1)[..., None]  # anti-aliased disc of 18 px
+        clip.append(cover * np.array([220, 60, 40]) + (1 - cover) * background)
+    return np.stack(clip).round().astype(np.uint8)
+
+
+def untrained_checkpoint() -> tuple[Path, Path]:
+    """The random model and its reference clip, made beside this file when first asked for -> (folder, clip)."""
+    folder = Path(__file__).parent / "untrained"
+    clip = folder / "reference.webp"
+    if not clip.exists():
+        write_untrained(folder)
+        write_video(clip, reference_clip(), fps=16)
+    return folder, clip
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m wan_mini.tiny.untrained FOLDER")
+    write_untrained(sys.argv[1])

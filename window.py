@@ -1,0 +1,183 @@
+"""Attention Motion Flow (AMF): where each token of one frame finds itself in another, read off queries and keys.
+
+Dense AMF compares every token with every token of the other frame. FastVMT (arXiv 2602.05551, Sec. 3.3) first asks
+one representative of each tile of tokens where its tile went (Eq. 1, 2, 4), then lets the tile's tokens look only at
+a window around that place (Eq. 3). Windows are boxes of distinct keys: at borders they are shifted, never padded.
+
+q and k are (1,N,M,D), raster order inside a frame; a grid is (F,H,W), with N = F*H*W and S = H*W tokens a frame;
+positions and displacements are (rows, columns) in tokens. A logit is the heads' mean: tau sum_m q_m k_m / (M sqrt(D)).
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# The logits of one chunk of frame pairs, S*S floats each, take at most this many bytes (or one pair, if that is more).
+# Chunks are recomputed in the backward: at any F, the AMF needs at most four times this beside its inputs, their
+# gradients and its outputs (logits, their softmax and the gradient of each).
+CHUNK_BYTES = 2**27
+
+Grid = tuple[int, int, int]
+Pair = tuple[int, int]
+
+
+def frame_pairs(frames: int, span: int) -> list[Pair]:
+    """All (i, j) with 1 <= j - i <= span, those of one distance together (spec of Eq. 3 without i = j).
+
+    Raises ValueError if there is none.
+    """
+    if frames < 2 or span < 1:
+        raise ValueError(f"need at least 2 latent frames and span >= 1 for motion, got {frames} and {span}")
+    return [(i, i + d) for d in range(1, min(span, frames - 1) + 1) for i in range(frames - d)]
+
+
+def dense_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], *, tau: float = 2.0) -> Tensor:
+    """Displacement of each token by a softmax over all tokens of the target frame (Eq. 3, window = frame).
+
+    -> flow (len(pairs), S, 2) in tokens; differentiable in q and k.
+    """
+    places = _places(grid, q)
+
+    def flow_of(q_i: Tensor, k_j: Tensor) -> Tensor:
+        return (q_i @ k_j.mT).softmax(-1) @ places - places  # (P,S,C) x (P,S,C) -> (P,S,S) -> (P,S,2)
+
+    return _by_chunks(flow_of, _frames(q, grid, tau), _frames(k, grid), pairs)
+
+
+def tile_centres(
+    q: Tensor,
+    k: Tensor,
+    grid: Grid,
+    pairs: list[Pair],
+    *,
+    tile: tuple[int, int] = (3, 4),
+    kind: str = "argmax",
+    tau: float = 2.0,
+) -> Tensor:
+    """Where the middle token of each tile is found in the target frame: Eq. 1, then Eq. 4, or Eq. 2 if kind="soft".
+
+    -> centres (len(pairs), tiles, 2), absolute positions, no gradient. "argmax" does not depend on tau; "soft"
+    is a mean over the frame, which falls to the frame's middle where the match is unsure. Raises ValueError on others.
+    """
+    if kind not in ("argmax", "soft"):
+        raise ValueError(f'kind of centres must be "argmax" or "soft", got {kind!r}')
+    places = _places(grid, q)
+    _, h, w = grid
+    rows = (torch.arange(0, h, tile[0], device=q.device) + tile[0] // 2).clamp(max=h - 1)
+    columns = (torch.arange(0, w, tile[1], device=q.device) + tile[1] // 2).clamp(max=w - 1)
+    middle = (rows[:, None] * w + columns).flatten()  # (tiles,) token numbers
+
+    def centre_of(q_i: Tensor, k_j: Tensor) -> Tensor:
+        logits = q_i @ k_j.mT  # (P,tiles,C) x (P,S,C) -> (P,tiles,S)
+        return places[logits.argmax(-1)] if kind == "argmax" else logits.softmax(-1) @ places  # -> (P,tiles,2)
+
+    with torch.no_grad():
+        return _by_chunks(centre_of, _frames(q, grid, tau)[:, middle], _frames(k, grid), pairs)
+
+
+def place_windows(centres: Tensor, grid: Grid, window: int) -> Tensor:
+    """Keys of the window around each centre: a box of min(window,H) x min(window,W), shifted to lie inside the frame.
+
+    centres (..., 2) absolute -> (..., keys) flat token numbers inside the target frame, all distinct.
+    """
+    _, h, w = grid
+    size = torch.tensor([min(window, h), min(window, w)], device=centres.device)
+    corner = (centres + 0.5).floor().long() - size // 2  # (..., 2)
+    corner = corner.clamp(min=torch.zeros_like(size), max=torch.tensor([h, w], device=centres.device) - size)
+    rows = corner[..., 0, None] + torch.arange(min(window, h), device=centres.device)  # (..., rows)
+    columns = corner[..., 1, None] + torch.arange(min(window, w), device=centres.device)  # (..., columns)
+    return (rows[..., :, None] * w + columns[..., None, :]).flatten(-2)  # (..., rows, columns) -> (..., keys)
+
+
+def windowed_amf(
+    q: Tensor,
+    k: Tensor,
+    grid: Grid,
+    pairs: list[Pair],
+    *,
+    tau: float = 2.0,
+    tile: tuple[int, int] = (3, 4),
+    window: int = 21,
+    centres: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Displacement of each token by a softmax over its tile's window in the target frame (Eq. 3).
+
+    centres (len(pairs), tiles, 2) from tile_centres, of this video or of another; None: this video's own argmax.
+    -> flow (len(pairs), S, 2) in tokens, absolute; windows (len(pairs), tiles, keys), flat token numbers in the target
+    frame. No gradient through the windows' places. Grids that tiles do not divide end in smaller tiles.
+    """
+    if window < 1 or min(tile) < 1:
+        raise ValueError(f"window and tile must be at least 1 token, got {window} and {tile}")
+    if centres is None:
+        centres = tile_centres(q, k, grid, pairs, tile=tile, tau=tau)
+    windows = place_windows(centres, grid, window)
+    places = _places(grid, q)
+    tokens, slots = _tile_tokens(grid, tile, q.device)
+
+    def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:
+        logits = (q_i @ k_j.mT).unflatten(1, tokens.shape)  # (P,tiles*t,C) x (P,S,C) -> (P,tiles,t,S)
+        inside = logits.gather(-1, keys.unsqueeze(2).expand(-1, -1, tokens.shape[1], -1))  # -> (P,tiles,t,keys)
+        found = inside.softmax(-1) @ places[keys]  # (P,tiles,t,keys) x (P,tiles,keys,2) -> (P,tiles,t,2)
+        return found.flatten(1, 2)[:, slots] - places  # -> (P,tiles*t,2) -> raster (P,S,2)
+
+    queries = _frames(q, grid, tau)[:, tokens.flatten()]  # (F,S,C) -> (F,tiles*t,C), tile by tile
+    return _by_chunks(flow_of, queries, _frames(k, grid), pairs, windows), windows
+
+
+def _frames(x: Tensor, grid: Grid, tau: float | None = None) -> Tensor:
+    """(1,N,M,D) -> (F,S,M*D) at least float32: a dot product over M*D is the sum of all heads' logits."""
+    f, h, w = grid
+    if x.shape[:2] != (1, f * h * w):
+        raise ValueError(f"q and k must be (1, {f * h * w}, heads, width) for grid {grid}, got {tuple(x.shape)}")
+    scale = 1.0 if tau is None else tau / (x.shape[2] * x.shape[3] ** 0.5)
+    return scale * x[0].to(torch.promote_types(x.dtype, torch.float32)).flatten(1).unflatten(0, (f, h * w))
+
+
+def _places(grid: Grid, like: Tensor) -> Tensor:
+    """(S,2) row and column of every token, raster order."""
+    _, h, w = grid
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    rows, columns = (torch.arange(n, device=like.device, dtype=dtype) for n in (h, w))
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1).flatten(0, 1)  # (H,W,2) -> (S,2)
+
+
+def _tile_tokens(grid: Grid, tile: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tokens of each tile (tiles, t), those beyond the frame clamped, and each token's slot in that list (S,)."""
+    _, h, w = grid
+    (t_h, t_w), n_h, n_w = tile, -(-h // tile[0]), -(-w // tile[1])
+    rows = torch.arange(n_h * t_h, device=device).reshape(n_h, 1, t_h, 1)
+    columns = torch.arange(n_w * t_w, device=device).reshape(1, n_w, 1, t_w)
+    tokens = (rows.clamp(max=h - 1) * w + columns.clamp(max=w - 1)).flatten(0, 1).flatten(1)  # -> (tiles, t)
+    order = torch.arange(tokens.numel(), device=device).reshape(n_h, n_w, t_h, t_w).transpose(1, 2)
+    slots = order.flatten(2).flatten(0, 1)[:h, :w].flatten()  # (n_h*t_h, n_w*t_w) -> (S,)
+    return tokens, slots
+
+
+def _by_chunks(function: Callable[..., Tensor], q: Tensor, k: Tensor, pairs: list[Pair], *extra: Tensor) -> Tensor:
+    """function(q of frames i, k of frames j, ...) over all pairs, a chunk of one distance at a time.
+
+    q (F,queries,C), k (F,S,C), extra (len(pairs), ...) -> (len(pairs), ...). Recomputed in the backward.
+    """
+    limit = max(1, CHUNK_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
+    out, start = [], 0
+    for i, j, n in _runs(pairs, limit):
+        inputs = (q[i : i + n], k[j : j + n], *(x[start : start + n] for x in extra))
+        start += n
+        if torch.is_grad_enabled():
+            out.append(checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
+        else:
+            out.append(function(*inputs))
+    return torch.cat(out)
+
+
+def _runs(pairs: list[Pair], limit: int) -> Iterator[tuple[int, int, int]]:
+    """Split pairs, in order, into runs (i, j), (i+1, j+1), ... of at most `limit`: slices of frames, so no copies."""
+    start = 0
+    for end in range(1, len(pairs) + 1):
+        i, j = pairs[start]
+        n = end - start
+        if n == limit or end == len(pairs) or pairs[end] != (i + n, j + n):
+            yield i, j, n
+            start = end
