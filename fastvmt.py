@@ -13,6 +13,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from wan_mini.runtime import (
     check_finite,
     check_new_folder,
     digests,
+    free_bytes,
     height_width,
     load_latents,
     parse_knobs,
@@ -61,7 +63,7 @@ class MotionConfig:
     height: int = 480  # pixels, multiple of 16 (Sec. 4.1)
     width: int = 832
     frames: int = 81  # 4k+1 (Sec. 4.1)
-    fps: float = 16  # Wan 2.1's rate; the reference is resampled to it
+    fps: float = 16.0  # Wan 2.1's rate; the reference is resampled to it
     steps: int = 50  # denoising steps (Sec. 4.1)
     shift: float = 7.0  # release; the paper does not say
     cfg: float = 5.8  # release; the paper does not say
@@ -82,12 +84,20 @@ class MotionConfig:
     centre_kind: str = "argmax"  # Eq. 4; "soft": Eq. 2
 
     def __post_init__(self):
-        choices = {"amf": ("windowed", "dense", "none"), "centres": ("ref0", "ref", "own")}
+        choices = {
+            "amf": ("windowed", "dense", "none"),
+            "centres": ("ref0", "ref", "own"),
+            "centre_kind": ("argmax", "soft"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
-        if not 0 <= self.guided <= 1:
-            raise ValueError(f"guided must be a share of the steps in [0, 1], got {self.guided}")
+        for name in ("fps", "steps", "shift", "inner_steps", "interval", "tau", "window", "span"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not (0 <= self.guided <= 1 and 0 < self.strength <= 1 and min(self.tile) > 0):
+            got = f"{self.guided}, {self.strength} and {self.tile}"
+            raise ValueError(f"need guided in [0, 1], strength in (0, 1] and tile of at least 1x1, got {got}")
 
     @property
     def guided_steps(self) -> int:
@@ -95,8 +105,12 @@ class MotionConfig:
         return 0 if self.amf == "none" else int(np.ceil(round(self.guided * self.steps, 6)))
 
     def block_of(self, dit: WanDiT) -> int:
-        """The block whose queries and keys are read: of 30 the 15th, index 14; of others the middle one too."""
-        return (dit.config.num_layers - 1) // 2 if self.block is None else self.block
+        """The block whose queries and keys are read; by default 14 of 30, and the middle one of other depths."""
+        count = dit.config.num_layers
+        block = (count - 1) // 2 if self.block is None else self.block
+        if not 0 <= block < count:
+            raise ValueError(f"block must be in 0..{count - 1}, got {block}")
+        return block
 
 
 # For the tiny model: its steps and its grid of 8x12 tokens are fewer.
@@ -152,7 +166,7 @@ def transfer(
         for index, (sigma, timestep) in enumerate(zip(scheduler.sigmas, scheduler.timesteps)):
             if index < config.guided_steps:
                 with stage("guide"):
-                    loss = guide.loss_at(timestep, noised_reference(sigma), bar)
+                    loss = guide.loss_at(timestep, noised_reference(sigma), show=bar.set_postfix)
                     x, inner = optimise(x, loss, steps=config.inner_steps, interval=config.interval, lr=config.lr)
                     losses.append(inner.losses)
             with stage("denoise"):
@@ -177,7 +191,7 @@ class Guide:
         self.pairs = frame_pairs(self.grid[0], config.span)
         self.block = config.block_of(dit)
         self.checkpoint = needs_checkpoint(dit, self.grid, self.block, z_ref.device)
-        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint}
+        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint, "gradient_norms": []}
         self.centres = None
         if config.amf == "windowed" and config.centres == "ref0":  # once per run, from the clean reference (t = 0)
             self.centres = self.centres_of(*self.qk(z_ref, torch.zeros(1), null))
@@ -201,8 +215,12 @@ class Guide:
         centres = self.centres_of(q, k) if centres is None else centres  # None: "own"
         return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
 
-    def loss_at(self, timestep: Tensor, noised_reference: Tensor, bar: tqdm) -> Callable[[Tensor], Tensor]:
+    def loss_at(
+        self, timestep: Tensor, noised_reference: Tensor, show: Callable[..., None] = lambda **losses: None
+    ) -> Callable[[Tensor], Tensor]:
         """The loss of a latent at this timestep, against the reference at the same noise (Eq. 5-8)."""
+        norms: dict[str, float] = {}
+        self.report["gradient_norms"].append(norms)
         q_ref, k_ref = self.qk(noised_reference, timestep, self.null)
         centres = self.centres_of(q_ref, k_ref) if self.config.centres == "ref" else self.centres
         flow_ref, _ = self.flow(q_ref, k_ref, centres)
@@ -212,7 +230,11 @@ class Guide:
             flow, windows = self.flow(q, k, centres)
             amf = amf_loss(flow_ref, flow, self.pairs, self.config.span, self.config.alpha)
             tracking = k.new_zeros(()) if windows is None else window_loss(k, self.grid, self.pairs, windows)
-            bar.set_postfix(amf=f"{amf.item():.4g}", window=f"{tracking.item():.4g}")
+            show(amf=f"{amf.item():.4g}", window=f"{tracking.item():.4g}")
+            if not norms and windows is not None:  # once a step: only their ratio matters to Adam
+                for name, part, weight in zip(("amf", "window"), (amf, tracking), self.config.weights):
+                    (gradient,) = torch.autograd.grad(weight * part, k, retain_graph=True)
+                    norms[name] = gradient.norm().item()
             return total_loss(amf, tracking, self.config.weights)
 
         return loss
@@ -224,12 +246,10 @@ class Guide:
 
 
 def needs_checkpoint(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> bool:
-    """Whether a gradient's activations would not fit into 80 % of the device's free memory (asked on cuda only)."""
-    if device.type != "cuda":
-        return False
+    """Whether a gradient's activations would take more than 80 % of the device's free memory, where that is known."""
     width = dit.patch_embedding.weight.element_size()
-    needed = activation_bytes(dit.config, grid[0] * grid[1] * grid[2], block, width)
-    return needed > 0.8 * torch.cuda.mem_get_info(device)[0]
+    needed, free = activation_bytes(dit.config, grid[0] * grid[1] * grid[2], block, width), free_bytes(device)
+    return free is not None and needed > 0.8 * free
 
 
 # The command line.
@@ -250,7 +270,7 @@ def parser() -> Parser:
     clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (tiny: a synthetic clip)")
     clip.add_argument("--prompt", help=f'what the new video shows (tiny: "{TINY_PROMPT}")')
     clip.add_argument("--negative", default=NEGATIVE, help="what it should not look like (Wan's default)")
-    clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps} a second ({c.frames}, tiny {t.frames})")
+    clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps:g} a second ({c.frames}, tiny {t.frames})")
     size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
     clip.add_argument("--size", type=height_width, help=f"HEIGHTxWIDTH in pixels, multiples of 16 ({size})")
     clip.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
@@ -299,7 +319,7 @@ def dry_run(
     weights = {part: n * (4 if part == "vae" else width) / 1e9 for part, n in count.items()}
     kept, recomputed = (activation_bytes(dit, tokens, block, width, again) / 1e9 for again in (False, True))
     print(f"model        {name} ({model}): " + ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in count.items()))
-    print(f"clip         {c.frames} frames of {c.height}x{c.width} at {c.fps} a second")
+    print(f"clip         {c.frames} frames of {c.height}x{c.width} at {c.fps:g} a second")
     print(f"tokens       {f} x {h} x {w} = {tokens}, tiles {c.tile[0]}x{c.tile[1]}, window {c.window}")
     print(f"guidance     {c.guided_steps} of {c.steps} steps, block {block} of {dit.num_layers}, {pairs} frame pairs")
     print(f"evaluations  {gradients} gradients for {updates} latent updates")
@@ -342,6 +362,7 @@ def program(argv: list[str] | None) -> None:
         return
     name, parts = outline(args.model)
     config = config_of(args, TINY_MOTION if name == "tiny" else MotionConfig())
+    config.block_of(parts["dit"])  # raises before anything is loaded
     if args.dry_run:
         dry_run(args.model, name, parts, config, dtype)
         return
@@ -363,7 +384,8 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
     if len(clip) < config.frames:
         print(f"note: {args.ref} is shorter than {config.frames} frames, so {len(clip)} are used")
         config = replace(config, frames=len(clip))
-    settings = {"model": str(args.model), "ref": str(args.ref), "prompt": args.prompt, "negative": args.negative}
+    settings = {"model": str(args.model), "ref": str(args.ref), "ref_sha256": sha256(clip.tobytes()).hexdigest()}
+    settings |= {"prompt": args.prompt, "negative": args.negative}
     settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=dtype)
     folder.mkdir(parents=True, exist_ok=True)

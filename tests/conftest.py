@@ -1,10 +1,14 @@
-"""Fixtures of all tests: two threads, golden files, tiny random models."""
+"""What several tests share: golden files, a small random checkpoint, a seed."""
 
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+
+from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
+from wan_mini.load import Wan, load_wan
+from wan_mini.tiny.untrained import write_untrained
 
 DATA = Path(__file__).parent / "data"
 
@@ -24,6 +28,21 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     """Largest absolute difference over the largest value."""
     assert got.shape == wanted.shape
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint folder with random weights, smaller still than the tiny model."""
+    path = tmp_path_factory.mktemp("checkpoint")
+    dit = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=6, freq_dim=32, text_dim=16, text_len=64)
+    text = UMT5Config(vocab=100, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=2)
+    write_untrained(path, dit, VAEConfig(dim=4, num_res_blocks=1), text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def wan(folder) -> Wan:
+    return load_wan(folder, device="cpu", dtype=torch.float32)
 
 
 @pytest.fixture(autouse=True)

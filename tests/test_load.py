@@ -18,10 +18,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import UMT5Config, UMT5EncoderModel
 
+from fastvmt import MotionConfig, transfer
 from wan_mini import load
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import WanDiT
 from wan_mini.layouts import CONFIGS, detect, find_parts, rename
+from wan_mini.tiny.untrained import reference_clip
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
@@ -53,7 +55,7 @@ def reference() -> dict[str, torch.nn.Module]:
     """Diffusers' and transformers' own modules, tiny, random, with sizes that are all different."""
     torch.manual_seed(0)
     dit = WanTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=14, in_channels=4, out_channels=4, text_dim=20, freq_dim=32,
+        num_attention_heads=3, attention_head_dim=14, in_channels=4, out_channels=4, text_dim=24, freq_dim=32,
         ffn_dim=70, num_layers=3,
     )  # fmt: skip
     statistics = {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1.0, 2.0, 0.5, 1.5]}
@@ -145,7 +147,7 @@ def inputs(kind: str) -> tuple[torch.Tensor, ...]:
     """Fixed inputs of odd sizes, two of each."""
     random = torch.Generator().manual_seed(1)
     if kind == "dit":
-        latents, text = torch.randn(2, 4, 3, 6, 10, generator=random), torch.randn(2, 7, 20, generator=random)
+        latents, text = torch.randn(2, 4, 3, 6, 10, generator=random), torch.randn(2, 7, 24, generator=random)
         return latents, torch.tensor([3.0, 41.0]), text
     if kind == "vae":
         return (torch.rand(2, 3, 9, 24, 40, generator=random) * 2 - 1,)
@@ -171,7 +173,7 @@ def run_reference(kind: str, module: torch.nn.Module) -> list[torch.Tensor]:
         return [(mode - mean) / std, module.decode(mode).sample]
     if kind == "dit":
         latents, timestep, text = inputs(kind)
-        text = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))  # (2,7,20) -> (2,512,20)
+        text = torch.nn.functional.pad(text, (0, 0, 0, 512 - text.shape[1]))  # (2,7,24) -> (2,512,24)
         return [module(latents, timestep, text, return_dict=False)[0]]
     ids, mask = inputs(kind)
     return [module(ids, mask.long()).last_hidden_state * mask[..., None]]
@@ -246,6 +248,16 @@ def test_every_layout_gives_the_same_bits(layout, folders):
         assert not ours.training and not any(p.requires_grad for p in ours.parameters())
     assert wan.tokenizer.encode("ab a") == wanted.tokenizer.encode("ab a")
     assert wan.name == "custom"
+
+
+def test_every_layout_gives_the_same_latents(folders):
+    """A whole motion transfer, from clip and prompt to latents and frames."""
+    config = MotionConfig(height=32, width=48, frames=9, steps=3, guided=0.5, window=2, lr=(0.02, 0.01))
+    clip = reference_clip(9, 32, 48)
+    runs = [transfer(load.load_wan(folders[layout], **FP32), clip, "ab a", config) for layout in LAYOUTS]
+    assert runs[0].latents.isfinite().all() and runs[0].report["gradients"] == 8
+    for other in runs[1:]:
+        assert torch.equal(other.latents, runs[0].latents) and (other.frames == runs[0].frames).all()
 
 
 def test_a_single_file_loads_like_its_folder(folders):
@@ -489,7 +501,7 @@ def test_inspect_describes_every_layout(layout, folders, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and all(line.startswith("[ok]") for line in lines)
     naming = {"diffusers": "Diffusers", "shards": "Diffusers"}.get(layout, "original")
-    assert re.search(rf"dit: {naming} names, float32, 81,034 parameters, \S+ GB, .*{layout}", lines[0])
+    assert re.search(rf"dit: {naming} names, float32, 81,202 parameters, \S+ GB, .*{layout}", lines[0])
 
 
 def test_inspect_names_what_to_get(folders, tmp_path, capsys):

@@ -227,6 +227,7 @@ def _part(entries: list[Entry], configs: list[dict[str, Any]]) -> Part:
 
 
 def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
+    """Only the number of heads and text_len are not told by shapes; official heads are 128 wide."""
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     heads, layers, text_len = dim / 128, count(shapes, r"blocks\.(\d+)\."), 512
     for config in reversed(configs):  # the first has the last word
@@ -251,6 +252,7 @@ def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
 
 
 def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
+    """Only the latents' mean and std are not told by shapes."""
     dim, z_dim = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
     # A level of the encoder is its residual blocks and one downsampling, which only the last level lacks.
     layers = count(shapes, r"encoder\.downsamples\.(\d+)\.")
@@ -264,6 +266,7 @@ def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
 
 
 def umt5_config(shapes: Shapes, configs: Configs) -> UMT5Config:
+    """All told by shapes."""
     vocab, dim = shapes["token_embedding.weight"]
     buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
     dim_attn, dim_ffn = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.ffn.fc1.weight"][0]

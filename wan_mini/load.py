@@ -118,17 +118,20 @@ def save_wan(folder: str | Path, dit: WanDiT, vae: WanVAE, text_encoder: UMT5Enc
 
 
 def load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Find, check and read one part."""
     part = pick(find_parts(Path(path)), kind, path)
     return fill(blueprint(part), part, device, dtype)
 
 
 def pick(parts: dict[str, Part], kind: str, path: str | Path) -> Part:
+    """The part of this kind. Raises FileNotFoundError that says where to get it."""
     if kind not in parts:
         raise FileNotFoundError(f"no {kind} in {path}, {advice(kind)}")
     return parts[kind]
 
 
 def find_tokenizer(path: Path) -> Path:
+    """The only tokenizer.json below a folder, or the file itself. Raises FileNotFoundError, or ValueError on two."""
     files = sorted(path.rglob("tokenizer.json")) if path.is_dir() else [path]
     if not files or not files[0].exists():
         raise FileNotFoundError(f"no tokenizer in {path}, {advice('tokenizer')}")
@@ -184,6 +187,7 @@ def blueprint(part: Part) -> nn.Module:
 
 
 def few(items: list[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 

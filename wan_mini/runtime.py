@@ -47,6 +47,11 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Free memory of a GPU; None for a CPU, whose memory is shared with everything else."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
 @contextmanager
 def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Keep a module on the device inside the block, and where it came from outside of it."""

@@ -56,22 +56,26 @@ class Tokenizer:
 
     def __init__(self, spec: dict):
         match spec["model"]:
-            case {"type": "Unigram", "unk_id": int(unk_id), "vocab": [_, *_] as vocab, **options}:
-                self.unk_id, self.byte_fallback = unk_id, options.get("byte_fallback", False)
+            case {"type": "Unigram", "unk_id": int(unk_id), "vocab": [_, *_] as vocab} if unk_id < len(vocab):
+                self.unk_id, self.byte_fallback = unk_id, spec["model"].get("byte_fallback", False)
             case other:
                 raise _unsupported("model", other, "Unigram with unk_id and vocab")
         self.scores = {piece: float(score) for piece, score in vocab}
         self.unknown_score = min(self.scores.values()) - UNKNOWN_PENALTY
         self.longest = max(map(len, self.scores))
         self.pieces = {index: piece for index, (piece, _) in enumerate(vocab)}
-        self.ids = {piece: index for index, piece in self.pieces.items() if index != unk_id}
+        self.ids = {piece: index for index, piece in self.pieces.items()}
         self.normalise = _normaliser(spec["normalizer"])
         self.cut_words = _word_cutter(spec["pre_tokenizer"])
         self.drops_mark = _has_prefix("decoder", spec["decoder"])
         self.suffix = _suffix(spec["post_processor"])
         self.added = {token["content"]: token for token in spec["added_tokens"]}
+        for content, token in self.added.items():
+            is_plain = not token["single_word"] and not token["normalized"] and content == content.strip(SPACES)
+            if not is_plain or token["id"] != self.ids.get(content, token["id"]):
+                raise _unsupported("added token", token, "its id in the vocab, neither single_word nor normalized")
+            self.pieces[token["id"]] = content
         self.added_pattern = _added_pattern(self.added)
-        self.pieces |= {token["id"]: content for content, token in self.added.items()}
         self.pad_id: int = self.added["<pad>"]["id"]
 
     @classmethod
@@ -79,13 +83,15 @@ class Tokenizer:
         """Read a `tokenizer.json`; FileNotFoundError if it is not there, ValueError naming what it holds amiss."""
         try:
             return cls(json.loads(Path(path).read_bytes()))
-        except (ValueError, KeyError, TypeError, struct.error) as error:
+        except KeyError as error:
+            raise ValueError(f"{path} is not a UMT5 tokenizer.json: it has no {error}") from None
+        except (ValueError, TypeError, struct.error) as error:
             raise ValueError(f"{path} is not a UMT5 tokenizer.json: {error}") from None
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, closed by </s>; neither cut nor padded."""
         ids = []
-        for part in self.added_pattern.split(text):
+        for part in self.added_pattern.split(text):  # the pattern is one group: split keeps what it finds
             token = self.added.get(part.strip(SPACES))
             ids += [token["id"]] if token else self._encode_plain(part)
         return ids + self.suffix
@@ -103,10 +109,11 @@ class Tokenizer:
 
     def _encode_plain(self, text: str) -> Iterator[int]:
         """Yield the ids of a text that holds no added token."""
+        unk = self.unk_id
         for word in self.cut_words(self.normalise(text)):
-            for is_known, group in groupby(self._best_cut(word), self.ids.__contains__):
+            for is_unknown, group in groupby(self._best_cut(word), lambda piece: self.ids.get(piece, unk) == unk):
                 pieces = list(group)
-                yield from map(self.ids.get, pieces) if is_known else self._encode_unknown("".join(pieces))
+                yield from self._encode_unknown("".join(pieces)) if is_unknown else map(self.ids.get, pieces)
 
     def _encode_unknown(self, chars: str) -> list[int]:
         """Return the ids of the bytes of unknown neighbours, if the file has them, else one id for them all."""
@@ -134,14 +141,11 @@ def _unsupported(component: str, spec: object, wanted: str) -> ValueError:
 
 
 def _added_pattern(added: dict[str, dict]) -> re.Pattern:
-    """Return what finds the longest added token, with the white space that its flags let it swallow."""
-    alternatives = []
-    for content, token in sorted(added.items(), key=lambda item: -len(item[0])):
-        if token["single_word"] or token["normalized"]:
-            raise _unsupported("added token", token, "neither single_word nor normalized")
-        before, after = f"[{SPACES}]*" * token["lstrip"], f"[{SPACES}]*" * token["rstrip"]
-        alternatives.append(before + re.escape(content) + after)
-    return re.compile(f"({'|'.join(alternatives)})")
+    """Return what finds the longest added token with the white space that it swallows."""
+    found, spaces = [], f"[{SPACES}]*"
+    for content in sorted(added, key=len, reverse=True):
+        found.append(spaces * added[content]["lstrip"] + re.escape(content) + spaces * added[content]["rstrip"])
+    return re.compile(f"({'|'.join(found)})")
 
 
 def _normaliser(spec: dict | None) -> Callable[[str], str]:
@@ -152,7 +156,7 @@ def _normaliser(spec: dict | None) -> Callable[[str], str]:
             steps = [_normaliser(step) for step in specs]
             return lambda text: reduce(lambda done, step: step(done), steps, text)
         case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
-            return CharsMap(base64.b64decode(charsmap))
+            return CharsMap(base64.b64decode(charsmap, validate=True))
         case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
             return lambda text: text.lstrip(SPACES * left).rstrip(SPACES * right)
         case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": str(content)}:
@@ -236,8 +240,8 @@ def _child(unit: int) -> int:
 def _graphemes(text: str) -> Iterator[str]:
     """Cut a text into grapheme clusters (Unicode annex 29), as far as it matters.
 
-    Hangul, flags, joined emoji and Indic conjuncts stay in parts: whole they have 6 bytes or more, and a part is
-    replaced as it would be alone unless a two-byte accent follows it.
+    Hangul, flags, joined emoji and Indic conjuncts stay in parts. Whole they have 6 bytes or more, so it shows only
+    where an accent of two bytes follows a part that the map itself holds.
     """
     kinds = "".join(map(_grapheme_kind, text))
     for match in re.finditer("\r\n|[\r\nC]|P*O?E*", kinds):
@@ -245,13 +249,17 @@ def _graphemes(text: str) -> Iterator[str]:
 
 
 def _grapheme_kind(char: str) -> str:
-    """Return C for a control, P if it joins what follows, E if it joins what precedes, O otherwise."""
-    if re.match("[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e]", char):
-        return "P"
-    if re.match("[\u200c\u200d\u0e33\u0eb3\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]", char):
-        return "E"
-    apart = "[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c\u1a61\u1a63\u1a64\uaa7b\uaa7d]"
+    """Return P if a character joins the next, E if it joins the last, C for a control or the line end, O otherwise."""
+    for kind, members in (
+        ("P", "[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e]"),
+        ("E", "[\u200c\u200d\u0e33\u0eb3\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"),
+        # The spacing marks of Myanmar and Tai Tham that join nothing.
+        ("O", "[\u102b\u102c\u1038\u1062-\u1064\u1067-\u106d\u1083\u1087-\u108c\u108f\u109a-\u109c]"),
+        ("O", "[\u1a61\u1a63\u1a64\uaa7b\uaa7d]"),
+    ):
+        if re.match(members, char):
+            return kind
     category = unicodedata.category(char)
-    if category[0] == "M" and not re.match(apart, char):
+    if category[0] == "M":
         return "E"
     return char if char in "\r\n" else "C" if category in ("Cc", "Cf", "Zl", "Zp") else "O"

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wan_mini.config import TINY, TINY_UMT5, TINY_VAE
+from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.load import save_wan
 from wan_mini.umt5 import UMT5Encoder
@@ -42,13 +42,15 @@ def tokenizer_json() -> dict:
     }
 
 
-def write_untrained(folder: str | Path, seed: int = 0) -> None:
+def write_untrained(
+    folder: str | Path, dit: DiTConfig = TINY, vae: VAEConfig = TINY_VAE, text: UMT5Config = TINY_UMT5, seed: int = 0
+) -> None:
     """Write the checkpoint folder, official layout; the same seed gives the same bytes."""
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(seed)
         tokenizer = Path(scratch, "tokenizer.json")
         tokenizer.write_text(json.dumps(tokenizer_json()), encoding="utf-8")
-        save_wan(folder, WanDiT(TINY), WanVAE(TINY_VAE), UMT5Encoder(TINY_UMT5), tokenizer)
+        save_wan(folder, WanDiT(dit), WanVAE(vae), UMT5Encoder(text), tokenizer)
 
 
 def reference_clip(frames: int = 33, height: int = 128, width: int = 192) -> np.ndarray:

@@ -1,0 +1,400 @@
+"""The whole program on the untrained tiny model: the method step by step, files in and out, and every bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import naive
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import fastvmt
+from fastvmt import Guide, MotionConfig, main, transfer
+from wan_mini.generate import NEGATIVE, encode_prompts, generate
+from wan_mini.load import load_wan
+from wan_mini.runtime import resident
+from wan_mini.scheduler import FlowEuler
+from wan_mini.tiny.untrained import reference_clip
+from wan_mini.video import read_video, to_model, write_video
+
+CPU = torch.device("cpu")
+SMALL = MotionConfig(
+    height=64, width=96, frames=9, steps=4, shift=3.0, guided=0.5, tau=3.0, window=3, lr=(0.002, 0.001)
+)
+FLAGS = ["--size", "64x96", "--frames", "9", "--steps", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def clip():
+    return reference_clip(frames=9, height=64, width=96)
+
+
+def test_defaults_are_the_papers():
+    c = MotionConfig()
+    assert (c.steps, c.guided_steps, c.inner_steps, c.interval, c.lr) == (50, 10, 10, 3, (0.003, 0.002))
+    assert (c.tile, c.window, c.span, c.alpha, c.weights, c.tau) == ((3, 4), 21, 4, 0.2, (5.0, 1.0), 2.0)
+    assert replace(c, steps=33).guided_steps == 7  # ceil(6.6)
+    assert replace(c, amf="none").guided_steps == 0
+    with pytest.raises(ValueError, match="amf must be one of windowed, dense, none, got window"):
+        replace(c, amf="window")
+    with pytest.raises(ValueError, match="interval must be above 0, got 0"):
+        replace(c, interval=0)
+    with pytest.raises(ValueError, match=r"strength in \(0, 1\] and tile of at least 1x1, got 0.2, 2.0 and"):
+        replace(c, strength=2.0)
+
+
+def test_the_block_is_the_middle_one():
+    for layers, block in ((30, 14), (40, 19), (6, 2), (1, 0)):
+        dit = SimpleNamespace(config=SimpleNamespace(num_layers=layers))
+        assert MotionConfig().block_of(dit) == block
+    with pytest.raises(ValueError, match="block must be in 0..0, got 3"):
+        MotionConfig(block=3).block_of(dit)
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.6])
+def test_without_guidance_it_is_euler_with_cfg(wan, clip, strength):
+    """Written out by hand: the start, both passes, the update."""
+    config = replace(SMALL, amf="none", strength=strength)
+    got = transfer(wan, clip, "a ball", config, seed=5)
+    with torch.no_grad():
+        text, negative = encode_prompts(wan, ["a ball", NEGATIVE], CPU)
+        z = wan.vae.encode(to_model(clip))
+        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+        u = [strength * (1 - i / 4) for i in range(5)]
+        sigma = [3 * a / (1 + 2 * a) for a in u]
+        x = (1 - sigma[0]) * z + sigma[0] * noise
+        for now, then in zip(sigma, sigma[1:]):
+            t = torch.tensor([1000 * now])
+            c, n = wan.dit(x, t, text), wan.dit(x, t, negative)
+            x = x + (then - now) * (n + config.cfg * (c - n))
+    torch.testing.assert_close(got.latents, x, rtol=1e-4, atol=1e-4)
+    assert got.report["gradients"] == 0 and got.frames.shape == clip.shape and got.frames.dtype == np.uint8
+
+
+def test_without_guidance_it_is_plain_generation(wan, clip):
+    got = transfer(wan, clip, "a ball", replace(SMALL, amf="none"), seed=5).latents
+    scheduler = FlowEuler(4, 3.0)
+    plain = generate(wan, "a ball", size=(64, 96), frames=9, scheduler=scheduler, cfg=SMALL.cfg, seed=5, device=CPU)
+    assert torch.equal(got, plain)
+
+
+@pytest.mark.parametrize("centres", ["ref0", "ref", "own"])
+def test_the_loss_is_the_papers(wan, clip, centres):
+    """Guide's loss against the loops of tests/naive.py, from queries and keys up; value and gradient to the latents."""
+    config = replace(SMALL, centres=centres)
+    text, null = encode_prompts(wan, ["a ball", ""], CPU)
+    z, noise, x = (torch.randn(1, 16, 3, 8, 12) for _ in range(3))
+    t, noised, grid = torch.tensor(800.0), 0.2 * z + 0.8 * noise, (3, 4, 6)
+    guide = Guide(wan.dit, z, text, null, config)
+    x.requires_grad_()
+    ours = guide.loss_at(t, noised)(x)
+    assert guide.grid == grid and guide.block == 2
+    pairs = guide.pairs
+
+    def qk(latents, timestep, prompt):
+        return wan.dit(latents, timestep.reshape(1), prompt, qk_block=2)
+
+    clean, ref, gen = qk(z, torch.zeros(1), null), qk(noised, t, null), qk(x, t, text)
+    source = {"ref0": (clean, clean), "ref": (ref, ref), "own": (ref, gen)}[centres]
+    ref_centres, gen_centres = (naive.tile_centres(*pair, grid, pairs, config.tile) for pair in source)
+    options = (grid, pairs, config.tau, config.tile, config.window)
+    flow_ref, _ = naive.windowed_amf(*ref, *options, ref_centres)
+    flow_gen, windows = naive.windowed_amf(*gen, *options, gen_centres)
+    slow = 5 * naive.amf_loss(flow_ref.detach(), flow_gen, pairs, config.span, config.alpha)
+    slow = slow + naive.window_loss(gen[1], grid, pairs, windows)
+    torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
+    a, b = torch.autograd.grad(ours, x)[0], torch.autograd.grad(slow, x, retain_graph=True)[0]
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+    window = torch.autograd.grad(naive.window_loss(gen[1], grid, pairs, windows), gen[1])[0]
+    assert guide.report["gradient_norms"][0]["window"] == pytest.approx(window.norm().item(), rel=1e-3)
+
+
+def test_guidance_lowers_the_loss_and_counts_gradients(wan, clip):
+    result = transfer(wan, clip, "a ball", SMALL)
+    assert [len(inner) for inner in result.report["losses"]] == [4, 4] and result.report["gradients"] == 8
+    assert result.report["pairs"] == 3
+    for inner in transfer(wan, clip, "a ball", replace(SMALL, interval=1)).report["losses"]:
+        assert len(inner) == 10 and inner == sorted(inner, reverse=True)
+    unguided = transfer(wan, clip, "a ball", replace(SMALL, amf="none"))
+    assert (result.latents - unguided.latents).abs().max() > 0.01
+
+
+def test_a_window_over_the_whole_frame_is_dense_guidance(wan, clip):
+    whole = replace(SMALL, window=99, weights=(5.0, 0.0))
+    dense = transfer(wan, clip, "a ball", replace(SMALL, amf="dense"))
+    torch.testing.assert_close(transfer(wan, clip, "a ball", whole).latents, dense.latents, rtol=1e-3, atol=1e-3)
+
+
+def test_seeds(wan, clip):
+    one, again, other = (transfer(wan, clip, "a ball", SMALL, seed=seed).latents for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert (one - other).abs().max() > 0.1
+
+
+def test_latents_that_are_not_finite_stop_the_run_at_their_step(folder, clip):
+    wan = load_wan(folder, device="cpu", dtype=torch.float32)
+    calls = []
+
+    def poison(module, inputs, output):
+        calls.append(1)
+        return output * (float("nan") if len(calls) == 3 else 1)  # the second step's first pass
+
+    wan.dit.register_forward_hook(poison)
+    with pytest.raises(FloatingPointError, match="not finite after step 2 of 4: try --dtype float32"):
+        transfer(wan, clip, "a ball", replace(SMALL, amf="none"))
+
+
+def test_bfloat16_weights_keep_the_latents_in_float32(folder, wan, clip):
+    config = replace(SMALL, steps=2)
+    rounded = transfer(load_wan(folder, device="cpu", dtype=torch.bfloat16), clip, "a ball", config).latents
+    exact = transfer(wan, clip, "a ball", config).latents
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1
+
+
+def test_resident_brings_a_module_home():
+    module = torch.nn.Linear(2, 2, device="meta")
+    with pytest.raises(NotImplementedError), resident(module, CPU):  # meta holds no data to move: it did try
+        pytest.fail("not reached")
+    moves = []
+    module = torch.nn.Linear(2, 2)
+    module.to = moves.append
+    with pytest.raises(KeyError), resident(module, "elsewhere"):
+        raise KeyError
+    assert moves == ["elsewhere", CPU]
+
+
+# From files to files.
+
+
+def films(tmp_path, clip):
+    """The clip as a folder of JPEGs, a GIF, and an mp4 where there is ffmpeg."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number, frame in enumerate(clip):
+        Image.fromarray(frame).save(pictures / f"{number}.jpg", quality=95)
+    images = [Image.fromarray(frame) for frame in clip]
+    images[0].save(tmp_path / "clip.gif", save_all=True, append_images=images[1:], duration=60)
+    yield pictures
+    yield tmp_path / "clip.gif"
+    if shutil.which("ffmpeg"):
+        yield write_video(tmp_path / "clip.mp4", clip, fps=16)
+
+
+def test_from_file_to_file(folder, tmp_path, clip, capsys):
+    for ref in films(tmp_path, np.concatenate([clip, clip[::-1]])):
+        out = tmp_path / f"out-{ref.name}"
+        assert main(["--model", str(folder), "--ref", str(ref), "--prompt", "a cat", "--out", str(out), *FLAGS]) == 0
+        names = {path.name for path in out.iterdir()}
+        assert {"latents.safetensors", "run.json", "preview.webp"} < names and len(names) == 4
+        result = out / ("result.mp4" if shutil.which("ffmpeg") else "result.webp")
+        assert read_video(result).shape == (9, 64, 96, 3)
+        assert read_video(out / "preview.webp", fps=16).shape[0] == 9
+        record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+        assert record["config"]["frames"] == 9 and record["prompt"] == "a cat" and record["seed"] == 0
+        assert set(record["stages"]) == {"text", "encode", "guide", "denoise", "decode"}
+        assert len(record["checkpoint_sha256"]) == 3 and record["versions"]["torch"] == torch.__version__
+        assert len(record["losses"]) == 1 and record["gradients"] == 4  # 20 % of 3 steps, rounded up
+    assert "wrote" in capsys.readouterr().out
+
+
+def test_same_seed_same_bytes(folder, tmp_path, clip):
+    write_video(tmp_path / "ref.webp", clip, 16)
+    command = ["--model", str(folder), "--ref", str(tmp_path / "ref.webp"), "--prompt", "a cat", *FLAGS]
+    for out in ("a", "b"):
+        assert main([*command, "--out", str(tmp_path / out)]) == 0
+    first, second = ((tmp_path / out / "latents.safetensors").read_bytes() for out in ("a", "b"))
+    assert first == second
+
+
+def test_a_run_that_fails_to_decode_can_be_finished(folder, tmp_path, clip, monkeypatch, capsys):
+    write_video(tmp_path / "ref.webp", clip, 16)
+    command = ["--model", str(folder), "--ref", str(tmp_path / "ref.webp"), "--prompt", "a cat", *FLAGS]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(fastvmt, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+        assert main([*command, "--out", str(tmp_path / "cut")]) == 2
+    assert "error: out of memory" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["latents.safetensors"]
+    assert main(["--decode", str(tmp_path / "cut" / "latents.safetensors")]) == 0
+    for name in ("preview.webp", "result.mp4" if shutil.which("ffmpeg") else "result.webp"):
+        assert np.array_equal(read_video(tmp_path / "cut" / name), read_video(tmp_path / "whole" / name))
+
+
+def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
+    """The first command of the README, on a smaller clip."""
+    monkeypatch.chdir(tmp_path)
+    assert main(FLAGS) == 0
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert (run / "preview.webp").exists()
+    assert "untrained" in capsys.readouterr().out
+
+
+def test_pictures_on_request(folder, tmp_path, clip):
+    write_video(tmp_path / "ref.webp", clip, 16)
+    out = tmp_path / "out"
+    command = ["--model", str(folder), "--ref", str(tmp_path / "ref.webp"), "--prompt", "", "--amf", "none", "--png"]
+    assert main([*command, "--out", str(out), *FLAGS]) == 0
+    assert read_video(out).shape == (9, 64, 96, 3)  # a folder of pictures, in order
+
+
+def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
+    monkeypatch.setattr(fastvmt, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert main(["--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "9 x 8 x 12 = 864" in out and "26 frame pairs" in out and "40 gradients for 100 latent updates" in out
+    assert main(["--model", "Wan2.1-T2V-1.3B", "--dry-run", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    assert "21 x 30 x 52 = 32760" in out and "74 frame pairs" in out and "block 14 of 30" in out
+    assert "denoising 28,300.2 TFLOP, guidance 17,536.7 TFLOP" in out and "dit 2.84 GB" in out
+    assert main(["--model", str(folder), "--dry-run"]) == 0
+    assert "custom" in (out := capsys.readouterr().out) and "block 2 of 6" in out
+
+
+def test_every_knob_can_be_set(capsys):
+    knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 centres=own lr=0.01,0.005"
+    assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", *knobs.split()]) == 0
+    assert "tiles 2x5" in (out := capsys.readouterr().out) and "block 7 of 40" in out
+
+
+def test_help_is_true(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "(81, tiny 33)" in out and "every so many latent updates (3)" in out and "(480x832, tiny 128x192)" in out
+    actions = [action for action in fastvmt.parser()._actions if action.option_strings]
+    assert len(actions) <= 21  # 20 flags and --help
+
+
+# Bad input: one line, exit code 2, nothing written.
+
+
+def broken_checkpoint(folder, tmp_path, change):
+    """A copy of the checkpoint whose DiT file is changed."""
+    copy = tmp_path / "broken"
+    shutil.copytree(folder, copy)
+    change(copy / "diffusion_pytorch_model.safetensors")
+    return copy
+
+
+def truncate(file):
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def rewrite(edit):
+    def change(file):
+        tensors = load_file(file)
+        with safe_open(file, framework="pt") as header:
+            metadata = header.metadata()
+        edit(tensors)
+        save_file(tensors, file, metadata)
+
+    return change
+
+
+def drop(tensors):
+    del tensors["blocks.1.ffn.0.weight"]
+
+
+def reshape(tensors):
+    tensors["blocks.1.ffn.0.weight"] = torch.ones(3, 3)
+
+
+def expect(capsys, tmp_path, argv, message):
+    out = tmp_path / "out"
+    code = main([*argv, "--out", str(out), *FLAGS])
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert code == 2 and error.startswith("error: ") and message in error, error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: p / "missing.mp4", "missing.mp4"),
+        (lambda p: (p / "empty").mkdir() or p / "empty", "empty"),
+        (lambda p: write_pictures(p / "one", 1), "1 frames"),
+        (lambda p: (p / "text.mp4").write_text("hello") and p / "text.mp4", "ffmpeg"),
+        (lambda p: (p / "text.gif").write_text("hello") and p / "text.gif", "text.gif"),
+    ],
+)
+def test_bad_clips(folder, tmp_path, capsys, make, message):
+    expect(capsys, tmp_path, ["--model", str(folder), "--ref", str(make(tmp_path)), "--prompt", "a cat"], message)
+
+
+def write_pictures(path, count):
+    path.mkdir()
+    for number, frame in enumerate(reference_clip(count, 64, 96)):
+        Image.fromarray(frame).save(path / f"{number}.png")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (truncate, "diffusion_pytorch_model.safetensors"),
+        (rewrite(drop), "blocks.1.ffn.0.weight"),
+        (rewrite(reshape), "blocks.1.ffn.0.weight"),
+        (lambda file: file.unlink(), "diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_bad_checkpoints(folder, tmp_path, clip, capsys, change, message):
+    ref = write_pictures(tmp_path / "ref", 9)
+    model = broken_checkpoint(folder, tmp_path, change)
+    expect(capsys, tmp_path, ["--model", str(model), "--ref", str(ref), "--prompt", "a cat"], message)
+
+
+def test_bad_requests(folder, tmp_path, capsys):
+    ref = write_pictures(tmp_path / "ref", 9)
+    good = ["--model", str(folder), "--ref", str(ref), "--prompt", "a cat"]
+    expect(capsys, tmp_path, ["--model", str(tmp_path / "nowhere"), *good[2:]], "nowhere does not exist")
+    expect(capsys, tmp_path, good[:4], "a transfer needs --ref CLIP and --prompt TEXT")
+    expect(capsys, tmp_path, [*good, "--set", "window=wide"], "--set window needs a value like 21, got wide")
+    expect(capsys, tmp_path, [*good, "--set", "colour=red"], "--set needs NAME=VALUE with one of height, width")
+    expect(capsys, tmp_path, [*good, "--set", "tile=3"], "--set tile needs a value like (3, 4), got 3")
+    expect(capsys, tmp_path, [*good, "--amf", "sparse"], "amf must be one of windowed, dense, none, got sparse")
+    expect(capsys, tmp_path, [*good, "--set", "block=6"], "block must be in 0..5, got 6")
+
+
+def test_a_device_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["--device", "cuda"]) == 2
+    assert "device cuda is not available here, choose one of: " in capsys.readouterr().err
+
+
+def test_unwritable_output(folder, tmp_path, capsys):
+    ref = write_pictures(tmp_path / "ref", 9)
+    (tmp_path / "file").write_text("in the way")
+    command = ["--model", str(folder), "--ref", str(ref), "--prompt", "a cat", *FLAGS]
+    assert main([*command, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert "cannot write into" in capsys.readouterr().err
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert main([*command, "--out", str(tmp_path / "run")]) == 2
+    assert "already holds a run: choose another --out" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize("argv", [["--nonsense"], ["--size", "big"], ["--frames", "many"]])
+def test_unknown_flags_and_values(argv):
+    done = subprocess.run([sys.executable, fastvmt.__file__, *argv], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+def test_what_is_mended_is_said(folder, tmp_path, capsys):
+    ref = write_pictures(tmp_path / "ref", 12)
+    command = ["--model", str(folder), "--ref", str(ref), "--prompt", "", "--out", str(tmp_path / "out")]
+    assert main([*command, "--size", "70x100", "--frames", "80", "--steps", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "note: height 70 becomes 64" in out and "note: width 100 becomes 96" in out
+    assert "note: frames 80 becomes 81" in out and "is shorter than 81 frames, so 9 are used" in out
+    assert "the prompt is empty" in out
+    assert read_video(tmp_path / "out" / "preview.webp", fps=16).shape[0] == 9

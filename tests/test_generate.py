@@ -1,0 +1,114 @@
+"""Plain text-to-video, and the pieces both programs share."""
+
+import json
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wan_mini.generate import NEGATIVE, encode_prompts, guided_velocity, program
+from wan_mini.runtime import Stages, pick_device, pick_dtype, run
+from wan_mini.tiny.untrained import write_untrained
+from wan_mini.video import read_video
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("sampler", ["unipc", "euler"])
+def test_from_prompt_to_file(folder, tmp_path, capsys, sampler):
+    out = tmp_path / "clip.webp"
+    command = ["--model", str(folder), "--prompt", "a cat", "--size", "70x96", "--frames", "8", "--steps", "2"]
+    assert run(program, [*command, "--sampler", sampler, "--device", "cpu", "--out", str(out)]) == 0
+    assert read_video(out).shape == (9, 64, 96, 3)
+    assert load_file(tmp_path / "clip.safetensors")["latents"].shape == (1, 16, 3, 8, 12)
+    said = capsys.readouterr().out
+    assert "8 frames of 70x96 become 9 of 64x96" in said and "wrote" in said
+
+
+def test_errors_are_one_line(folder, tmp_path, capsys):
+    assert run(program, ["--model", str(tmp_path / "none"), "--prompt", "a"]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    with pytest.raises(SystemExit) as end:
+        run(program, ["--prompt", "a"])
+    assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_guidance_is_the_line_through_two_velocities():
+    def dit(x, timestep, text):
+        return text * timestep.reshape(1)
+
+    t = torch.tensor(2.0)
+    assert guided_velocity(dit, None, t, torch.tensor(5.0), torch.tensor(3.0), 6.0) == 6 + 6 * (10 - 6)
+    assert guided_velocity(dit, None, t, torch.tensor(5.0), None, 1.0) == 10
+
+
+def test_prompts_are_cleaned_cut_and_never_padded(wan, capsys):
+    short, spaced, empty, long = encode_prompts(wan, ["a cat", "  a \n cat ", "", "x" * 100], CPU)
+    assert short.shape == (1, 7, 16) and torch.equal(short, spaced)  # one token a character here, and </s>
+    assert empty.shape[1] == 1
+    assert long.shape[1] == wan.dit.config.text_len == 64
+    assert "the prompt has 102 tokens, the model reads 64" in capsys.readouterr().out
+    tail = encode_prompts(wan, ["x" * 62], CPU)[0]  # what is cut off is the end of the prompt, not </s>
+    torch.testing.assert_close(long, tail)
+
+
+def test_the_negative_prompt_is_the_originals():
+    assert len(NEGATIVE) == 137 and NEGATIVE.count("，") == 27
+
+
+def test_devices_and_dtypes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert pick_device() == torch.device("cuda") and pick_device("cuda:0") == torch.device("cuda:0")
+    assert pick_dtype(torch.device("cuda")) == torch.float32  # a T4 only emulates bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert pick_dtype(torch.device("cuda")) == torch.bfloat16
+    assert pick_dtype(torch.device("cuda"), "float32") == torch.float32
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device() == CPU and pick_dtype(CPU) == torch.float32
+    with pytest.raises(ValueError, match="mps is not available here, choose one of: cpu"):
+        pick_device("mps")
+
+
+def test_stages_add_up():
+    stage = Stages(CPU)
+    for _ in range(2):
+        with stage("nap"):
+            time.sleep(0.05)
+    with stage("other"):
+        pass
+    assert set(stage.table) == {"nap", "other"}
+    assert 0.1 <= stage.table["nap"]["seconds"] < 5 > stage.table["other"]["seconds"]
+    assert json.dumps(stage.table) and (stage.table["nap"]["peak_gb"] is None or stage.table["nap"]["peak_gb"] > 0.05)
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "words"),
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (FileNotFoundError("no file"), 2, "error: no file\n"),
+        (torch.OutOfMemoryError("much. More."), 2, "error: out of memory, try --offload or a smaller clip (much)\n"),
+        (KeyboardInterrupt(), 130, "stopped\n"),
+    ],
+)
+def test_exit_codes(problem, code, words, capsys):
+    def main(argv):
+        raise problem
+
+    assert run(main) == code and capsys.readouterr().err == words
+
+
+def test_a_bug_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda argv: 1 / 0)
+
+
+def test_the_untrained_checkpoint_is_reproducible(tmp_path):
+    for name in "ab":
+        write_untrained(tmp_path / name)
+    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
+    assert len(files) == 5
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
