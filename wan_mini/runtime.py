@@ -149,9 +149,8 @@ def digests(model: Path) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the five packages."""
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "safetensors", "numpy", "pillow", "tqdm")
-    }
+    others = {name: version(name) for name in ("safetensors", "numpy", "pillow", "tqdm")}
+    return {"python": platform.python_version(), "torch": torch.__version__, **others}
 
 
 class Parser(argparse.ArgumentParser):
