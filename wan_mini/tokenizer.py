@@ -1,4 +1,4 @@
-"""The UMT5 tokenizer: prompt to ids, from the official `tokenizer.json`, with the standard library alone.
+"""The UMT5 tokenizer: prompt to ids, from the official `tokenizer.json`, with nothing but Python.
 
     prompt -> clean_prompt -> cut out added tokens -> normalise -> words -> pieces of each word -> add </s>
 
@@ -71,11 +71,10 @@ class Tokenizer:
         self.suffix = _suffix(spec["post_processor"])
         self.added = {token["content"]: token for token in spec["added_tokens"]}
         for content, token in self.added.items():
-            is_plain = not token["single_word"] and not token["normalized"] and content == content.strip(SPACES)
-            if not is_plain or token["id"] != self.ids.get(content, token["id"]):
+            if token["single_word"] or token["normalized"] or token["id"] != self.ids.get(content, token["id"]):
                 raise _unsupported("added token", token, "its id in the vocab, neither single_word nor normalized")
             self.pieces[token["id"]] = content
-        self.added_pattern = _added_pattern(self.added)
+        self.added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
         self.pad_id: int = self.added["<pad>"]["id"]
 
     @classmethod
@@ -90,11 +89,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`, closed by </s>; neither cut nor padded."""
-        ids = []
-        for part in self.added_pattern.split(text):  # the pattern is one group: split keeps what it finds
-            token = self.added.get(part.strip(SPACES))
-            ids += [token["id"]] if token else self._encode_plain(part)
-        return ids + self.suffix
+        ids, done = [], 0
+        for match in self.added_pattern.finditer(text):
+            token, (start, end) = self.added[match[0]], match.span()
+            if token["lstrip"]:
+                start = len(text[:start].rstrip(SPACES))
+            if token["rstrip"]:
+                end = len(text) - len(text[end:].lstrip(SPACES))
+            ids += [*self._encode_plain(text[done:start]), token["id"]]
+            done = end
+        return [*ids, *self._encode_plain(text[done:]), *self.suffix]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids` without the special tokens; ValueError for an id that no piece has."""
@@ -140,14 +144,6 @@ def _unsupported(component: str, spec: object, wanted: str) -> ValueError:
     return ValueError(f"{component} {str(spec)[:100]} is not supported, want {wanted}")
 
 
-def _added_pattern(added: dict[str, dict]) -> re.Pattern:
-    """Return what finds the longest added token with the white space that it swallows."""
-    found, spaces = [], f"[{SPACES}]*"
-    for content in sorted(added, key=len, reverse=True):
-        found.append(spaces * added[content]["lstrip"] + re.escape(content) + spaces * added[content]["rstrip"])
-    return re.compile(f"({'|'.join(found)})")
-
-
 def _normaliser(spec: dict | None) -> Callable[[str], str]:
     match spec:
         case None:
@@ -165,7 +161,8 @@ def _normaliser(spec: dict | None) -> Callable[[str], str]:
 
 
 def _word_cutter(spec: dict | None) -> Callable[[str], Iterator[str]]:
-    spaced = "(?s:.+)"
+    """Return what cuts a text into words, each with the mark of the space before it."""
+    spaced = "(?s:.+)"  # one "word": only the marks cut
     match spec:
         case {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, last]}:
             spaced, spec = f"[^{SPACES}]+", last
@@ -249,7 +246,7 @@ def _graphemes(text: str) -> Iterator[str]:
 
 
 def _grapheme_kind(char: str) -> str:
-    """Return P if a character joins the next, E if it joins the last, C for a control or the line end, O otherwise."""
+    """Return P if a character joins the next, E if it joins the last, C for a control, itself for CR and LF, else O."""
     for kind, members in (
         ("P", "[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e]"),
         ("E", "[\u200c\u200d\u0e33\u0eb3\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"),
