@@ -53,7 +53,7 @@ from wan_mini.tiny.untrained import untrained_checkpoint
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
 from window import CHUNK_BYTES, dense_amf, frame_pairs, tile_centres, windowed_amf
 
-TINY_PROMPT = "a green square on a dark background"
+TINY_PROMPT = "A yellow star against the night sky."
 
 
 @dataclass(frozen=True)

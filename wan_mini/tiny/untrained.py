@@ -8,12 +8,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.load import save_wan
+from wan_mini.tiny.world import FPS, make_clip
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 from wan_mini.video import write_video
@@ -53,26 +53,13 @@ def write_untrained(
         save_wan(folder, WanDiT(dit), WanVAE(vae), UMT5Encoder(text), tokenizer)
 
 
-def reference_clip(frames: int = 33, height: int = 128, width: int = 192) -> np.ndarray:
-    """A disc that swings over a textured background, (T,H,W,3) uint8."""
-    y, x = np.mgrid[:height, :width]
-    texture = 90 + 30 * np.sin(x / 9) * np.sin(y / 7) + 10 * np.sin(x / 3 + y / 5)  # (H, W)
-    background = np.stack([texture, 0.9 * texture, 1.2 * texture], axis=-1)
-    clip = []
-    for t in np.linspace(0, 2 * np.pi, frames):
-        centre = height * (0.5 + 0.2 * np.sin(2 * t)), width * (0.5 - 0.3 * np.cos(t))
-        cover = np.clip(18.5 - np.hypot(y - centre[0], x - centre[1]), 0, 1)[..., None]  # anti-aliased disc of 18 px
-        clip.append(cover * np.array([220, 60, 40]) + (1 - cover) * background)
-    return np.stack(clip).round().astype(np.uint8)
-
-
 def untrained_checkpoint() -> tuple[Path, Path]:
-    """The random model and its reference clip, made beside this file when first asked for -> (folder, clip)."""
+    """The random model and a held-out clip of the world, made beside this file when first needed -> (folder, clip)."""
     folder = Path(__file__).parent / "untrained"
     clip = folder / "reference.webp"
     if not clip.exists():
         write_untrained(folder)
-        write_video(clip, reference_clip(), fps=16)
+        write_video(clip, make_clip(3, kind="single", split="held-out").frames, FPS)
     return folder, clip
 
 
