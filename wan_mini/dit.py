@@ -131,6 +131,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """x (B,N,C) float32, time (B,6,C) float32, text (B,L,C) -> (B,N,C) float32."""
+        # float32 islands: the modulation, where bfloat16 would round 1 + scale to 3 digits, and the gated sums, where
+        # it would lose each update smaller than 1/256 of the stream.
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).chunk(6, dim=1)  # 6 x (B,1,C)
         x = x + gate1 * self.self_attn(self.norm1(x) * (1 + scale1) + shift1, rope=rope)
         x = x + self.cross_attn(self.norm3(x), text)
@@ -139,7 +141,10 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Last norm, modulation and projection of every token to the pixels of its latent patch, in float32."""
+    """Last norm, modulation and projection of every token to its patch of the velocity.
+
+    A float32 island: its output is summed over all steps of a sampler.
+    """
 
     def __init__(self, dim: int, patch_dim: int):
         super().__init__()
@@ -193,6 +198,7 @@ class WanDiT(nn.Module):
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))  # (B,16,F,2H,2W) -> (B,C,F,H,W)
         x = x.flatten(2).transpose(1, 2).float()  # (B,C,F,H,W) -> (B,N,C), raster order
         rope = rope_table(grid, self.config.dim // self.config.num_heads, x.device)
+        # float32 island: the time MLP; bfloat16 would merge timesteps that differ by less than 4.
         time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(x.device))  # (B,) -> (B,C)
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B,6C) -> (B,6,C)
         text = self.embed_text(text)
