@@ -158,6 +158,15 @@ def test_every_window_is_distinct_keys_in_the_frame_around_its_centre(size):
     assert (windows == torch.arange(1560)[:, None]).any(-1).all()  # holds its centre
 
 
+def test_windows_of_fractional_centres_equal_loops():
+    """Rounded half up, not down: soft centres lie between tokens."""
+    grid = (1, 7, 9)
+    centres = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
+    for size in (1, 2, 3, 8):
+        wanted = [naive.window_keys(centre, grid, size) for centre in centres]
+        assert place_windows(centres, grid, size).tolist() == wanted
+
+
 def test_uniform_attention_points_to_the_middle_of_the_window():
     grid = (2, 6, 8)
     q, k = torch.zeros(1, 96, 2, 4), torch.randn(1, 96, 2, 4)

@@ -19,11 +19,11 @@ from wan_mini.vae import WanVAE
 from wan_mini.video import write_video
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # numbers 0, 1, 2 as in UMT5
+CHARACTERS = ("▁", *map(chr, range(33, 127)))  # printable ASCII; the mark is a space
 
 
-def tokenizer_json() -> dict:
-    """A unigram tokenizer of single printable ASCII characters, in the format of the official tokenizer.json."""
-    pieces = [*SPECIAL, "▁", *(chr(code) for code in range(33, 127))]
+def tokenizer_json(scores: dict[str, float]) -> dict:
+    """A unigram tokenizer of these pieces and scores, in the format of the official tokenizer.json."""
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -38,7 +38,7 @@ def tokenizer_json() -> dict:
             "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
         },
         "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": [[piece, -float(i > 2)] for i, piece in enumerate(pieces)]},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*([token, -0.0] for token in SPECIAL), *scores.items()]},
     }
 
 
@@ -49,7 +49,7 @@ def write_untrained(
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as scratch:
         torch.manual_seed(seed)
         tokenizer = Path(scratch, "tokenizer.json")
-        tokenizer.write_text(json.dumps(tokenizer_json()), encoding="utf-8")
+        tokenizer.write_text(json.dumps(tokenizer_json(dict.fromkeys(CHARACTERS, -1.0))), encoding="utf-8")
         save_wan(folder, WanDiT(dit), WanVAE(vae), UMT5Encoder(text), tokenizer)
 
 

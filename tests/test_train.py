@@ -1,0 +1,310 @@
+"""The training of the tiny model: each idea by its formula, and both stages end to end on a smaller model and world."""
+
+import hashlib
+import itertools
+import math
+import re
+import shutil
+import string
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
+from wan_mini.dit import WanDiT
+from wan_mini.load import load_wan
+from wan_mini.runtime import run
+from wan_mini.tiny import loop, train, world
+from wan_mini.tiny.loop import Job, Recipe, learning_rate, update_ema
+from wan_mini.tokenizer import Tokenizer
+from wan_mini.umt5 import UMT5Encoder
+from wan_mini.vae import WanVAE
+
+VAE = VAEConfig(dim=4, num_res_blocks=1)
+DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text_dim=16, text_len=40)
+TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
+STAGES = {
+    "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, lr=1e-2, warmup=2, ema=0.8)),
+    "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, lr=3e-3, warmup=2)),
+}
+
+
+def small_clip(seed: int, kind: str | None = None, frames=range(17)) -> SimpleNamespace:
+    """The middle 64 x 96 pixels of half a clip."""
+    clip = world.make_clip(seed, kind, frames=frames)
+    return SimpleNamespace(frames=clip.frames[:, 32:96, 48:144], caption=clip.caption)
+
+
+def job(stage: str, work: Path, **others) -> Job:
+    return Job(STAGES[stage][1], work, work / "checkpoint", torch.device("cpu"), **others)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_world():
+    clips = [small_clip(seed) for seed in range(4)]
+    frames, captions = np.stack([clip.frames for clip in clips]), [clip.caption for clip in clips]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"FRAMES": 17, "HEIGHT": 64, "WIDTH": 96, "KINDS": ("single", "camera")}.items():
+            patch.setattr(train, name, value)
+        patch.setattr(train, "PHASES", ((0.5, 1, 32, 32, 1), (1.0, 5, 32, 32, 1 / 2)))
+        patch.setattr(train, "make_clip", small_clip)
+        yield lambda job, name, convert: ([convert(frames)], captions)
+
+
+@pytest.fixture(scope="module")
+def whole(small_world, tmp_path_factory) -> Path:
+    """The work folder of both stages, each trained in one go."""
+    work = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "cached", small_world)
+        for stage, (begin, _) in STAGES.items():
+            begin(job(stage, work, command=f"train {stage}"))
+    return work
+
+
+def state(work: Path, stage: str) -> dict:
+    return torch.load(work / f"{stage}.pt", weights_only=True)
+
+
+def test_twenty_steps_lower_the_loss_of_the_dit(whole):
+    losses = state(whole, "dit")["losses"]
+    assert len(losses) == 20
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:2])
+
+
+def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
+    """On the same frames, since the crops of one step are harder than those of another."""
+    [frames], _ = small_world(None, "", lambda frames: train.to_videos(frames[:, :5], torch.device("cpu")))
+    vae = WanVAE(replace(VAE, mean=(0.0,) * 16, std=(1.0,) * 16))
+    losses = []
+    for weights in (
+        train.seeded(0, lambda: train.as_picture_model(WanVAE(VAE))).state_dict(),
+        state(whole, "vae")["ema"],
+    ):
+        vae.load_state_dict(weights)
+        with torch.no_grad():
+            losses.append(train.vae_loss(vae, frames, torch.zeros_like).item())
+    assert losses[1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
+    for file in ("vae.safetensors", "vae.json"):
+        if stage == "dit":
+            shutil.copy(whole / file, tmp_path)
+    monkeypatch.setattr(train, "cached", small_world)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # about one call a step
+    with pytest.raises(SystemExit, match="the same command goes on"):
+        STAGES[stage][0](job(stage, tmp_path, deadline=13))
+    assert 10 <= len(state(tmp_path, stage)["losses"]) < 15
+    STAGES[stage][0](job(stage, tmp_path))
+    ours, wanted = state(tmp_path, stage), state(whole, stage)
+    assert ours["losses"] == wanted["losses"]
+    for part in ("model", "ema"):
+        assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
+    result = {"vae": "vae.safetensors", "dit": "checkpoint/diffusion_pytorch_model.safetensors"}[stage]
+    assert (tmp_path / result).read_bytes() == (whole / result).read_bytes()
+
+
+def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
+    monkeypatch.setattr(train, "cached", small_world)
+    with pytest.raises(ValueError, match="use the same, or another --work"):
+        STAGES["vae"][0](job("vae", whole, seed=1))
+
+
+def test_the_checkpoint_loads_and_is_the_average(whole):
+    wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
+    ema = state(whole, "dit")["ema"]
+    for name, module in (("dit", wan.dit), ("text", wan.text_encoder)):
+        assert all(torch.equal(x, ema[f"{name}.{key}"].half().float()) for key, x in module.state_dict().items())
+    assert (wan.dit.config, wan.text_encoder.config) == (DIT, TEXT)
+
+
+def test_the_latents_are_normalised(whole, small_world):
+    wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
+    [frames], _ = small_world(None, "", lambda frames: frames)
+    latents = train.encode(wan.vae, torch.device("cpu"), frames).astype(np.float32)
+    assert np.abs(latents.mean((0, 2, 3, 4))).max() < 0.01
+    assert np.abs(latents.std((0, 2, 3, 4)) - 1).max() < 0.01
+
+
+def test_the_readme_tells_the_truth(whole):
+    folder = whole / "checkpoint"
+    text = (folder / "README.md").read_text("utf-8")
+    named = re.findall(r"^\| (\S+) \| (\d+) \| `(\w{64})` \|$", text, re.M)
+    there = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert {name for name, _, _ in named} == set(there) - {"README.md"}
+    for name, size, sha256 in named:
+        assert (len(there[name]), hashlib.sha256(there[name]).hexdigest()) == (int(size), sha256)
+    for stage in STAGES:
+        assert f"| command | train {stage} |" in text
+        assert f"| final loss | {np.mean(state(whole, stage)['losses']):.4f}".rstrip("0") in text
+
+
+def test_pictures_are_drawn(whole):
+    sizes = {"vae-samples": (3 * 96, 4 * 64), "dit-samples": (3 * 96, 2 * 64), "vae-loss": (720, 360)}
+    for name, size in sizes.items():
+        assert Image.open(whole / f"{name}.png").size == size
+    falling = np.asarray(loop.draw_curve(np.geomspace(1, 0.01, 50).tolist()))
+    rows, columns = np.nonzero((falling == (0, 0, 128)).all(-1))
+    assert np.corrcoef(rows, columns)[0, 1] > 0.99  # a straight line down: the scale is logarithmic
+
+
+def test_the_shipped_sizes_fit_16_megabytes():
+    with torch.device("meta"):
+        modules = WanDiT(TINY), WanVAE(TINY_VAE), UMT5Encoder(TINY_UMT5)
+    assert 2 * sum(x.numel() for module in modules for x in module.parameters()) < 15.5e6  # float16; the rest is small
+
+
+def test_noise_levels_are_uniform_before_the_shift():
+    rng = np.random.default_rng(0)
+    sigma = torch.stack([train.sample_sigma(rng, 64) for _ in range(200)])
+    u = sigma / (3 - 2 * sigma)  # the inverse of s = 3 u / (1 + 2 u)
+    assert sigma.min() >= 0 and sigma.max() <= 1
+    assert torch.allclose(u.sort(1).values.diff(dim=1), torch.tensor(1 / 64), atol=1e-4)  # evenly spaced
+    for q in (0.1, 0.5, 0.9):
+        assert u.quantile(q).item() == pytest.approx(q, abs=0.01)
+    assert sigma.median().item() == pytest.approx(0.75, abs=0.01)
+
+
+def test_a_tenth_of_the_captions_is_dropped():
+    ids, empty = torch.arange(40000).reshape(20000, 2) + 5, torch.tensor([1, 0])
+    out = train.drop_captions(np.random.default_rng(0), ids, empty)
+    dropped = (out == empty).all(1)
+    assert dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(out[~dropped], ids[~dropped])
+
+
+def test_the_loss_wants_noise_minus_clean_and_hides_padding():
+    seen = {}
+
+    def dit(noisy, timestep, text):
+        seen.update(noisy=noisy, timestep=timestep, text=text)
+        return torch.zeros_like(noisy)
+
+    clean, noise, sigma = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.tensor([0.25, 1.0])
+    ids = torch.tensor([[7, 1, 0], [7, 8, 1]])
+    loss = train.flow_loss(dit, lambda ids, mask: torch.ones(*ids.shape, 6), clean, noise, sigma, ids)
+    assert loss.item() == pytest.approx((noise - clean).square().mean().item())
+    assert torch.allclose(seen["noisy"][0], 0.75 * clean[0] + 0.25 * noise[0])
+    assert torch.equal(seen["noisy"][1], noise[1])
+    assert seen["timestep"].tolist() == [250, 1000]
+    assert torch.equal(seen["text"][..., 0], (ids != 0).float())
+
+
+def test_the_average_follows_its_formula():
+    slow, fast = nn.Linear(2, 2), nn.Linear(2, 2)
+    before = slow.weight.detach().clone()
+    for step, decay in ((0, 0.1), (10**6, 0.999)):
+        slow.weight.data = before.clone()
+        update_ema(slow, fast, step, 0.999)
+        assert torch.allclose(slow.weight, decay * before + (1 - decay) * fast.weight)
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    recipe = Recipe(steps=1000, batch=1, clips=1, lr=0.5, warmup=100)
+    rates = [learning_rate(step, recipe) for step in range(1001)]
+    assert rates[0] == pytest.approx(0.005)
+    assert rates[500] == pytest.approx(0.25)
+    assert rates[1000] == pytest.approx(0, abs=1e-12)
+    assert rates[:96] == sorted(rates[:96]) and rates[100:] == sorted(rates[100:], reverse=True)
+
+
+def test_the_vae_begins_as_a_picture_model():
+    """Each frame that is kept is coded as if it were alone, and comes back four times."""
+    vae, video = train.as_picture_model(WanVAE(VAE)), torch.rand(1, 3, 9, 16, 16)
+    with torch.no_grad():
+        latents = vae.encode(video)
+        alone = torch.cat([vae.encode(video[:, :, [t]]) for t in (0, 4, 8)], dim=2)
+        frames = vae.decode(latents)
+    assert torch.allclose(latents, alone, atol=1e-5)
+    assert torch.allclose(frames[:, :, 1:5], frames[:, :, 1:2].expand(-1, -1, 4, -1, -1), atol=1e-5)
+
+
+def test_crops_follow_the_phases():
+    shards = [np.random.default_rng(0).integers(256, size=(2, 17, 64, 96, 3), dtype=np.uint8)]
+    assert train.crops(np.random.default_rng(0), shards, 0.0, 6).shape == (6, 1, 32, 32, 3)
+    assert train.crops(np.random.default_rng(0), shards, 0.5, 6).shape == (3, 5, 32, 32, 3)
+    assert len(train.crops(np.random.default_rng(0), shards, 0.999, 1)) == 1
+
+
+@pytest.fixture(scope="module")
+def captions() -> list[str]:
+    return [world.make_clip(seed, frames=[]).caption for seed in range(500)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(captions) -> Tokenizer:
+    return Tokenizer(train.grammar_tokenizer([*captions, *map(train.casual, captions)]))
+
+
+def test_one_piece_a_word(tokenizer, captions):
+    nouns = [noun for thing in (*world.SHAPES.values(), *world.GROUNDS.values()) for noun in thing[-1]]
+    for text in [*captions, *map(train.casual, captions), *world.COLOURS, *nouns]:
+        ids = tokenizer.encode(text)
+        assert len(ids) == len(re.findall(r"\w+|[.,]", text)) + 1, text
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer.pieces) <= TINY_UMT5.vocab
+
+
+def test_any_ascii_prompt_encodes(tokenizer):
+    for text in (string.printable.strip(), "Xylophones, 42% of them: {Zebra}!", "reddish discus"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.unk_id not in ids
+        assert tokenizer.decode(ids) == text
+
+
+def test_casual_captions():
+    assert train.casual("A red disc on sand.") == "a red disc on sand"
+
+
+def test_token_table_is_padded_with_zeros(tokenizer):
+    table = train.token_table(tokenizer, ["a red disc", ""])
+    assert table.shape == (2, 4) and table[1].tolist() == [1, 0, 0, 0]
+
+
+def test_the_cache_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "make_clip", world.make_clip)
+    monkeypatch.setattr(train, "SHARD", 2)
+    calls = []
+
+    def convert(frames):
+        calls.append(len(frames))
+        return frames[:, :, 0, 0]
+
+    task = Job(Recipe(steps=1, batch=1, clips=3, lr=1.0), tmp_path, tmp_path, torch.device("cpu"), deadline=0.0)
+    with pytest.raises(SystemExit, match="paused while making corners"):
+        train.cached(task, "corners", convert)
+    task = Job(task.recipe, tmp_path, tmp_path, torch.device("cpu"), deadline=math.inf)
+    for _ in range(2):
+        shards, captions = train.cached(task, "corners", convert)
+    clips = [world.make_clip(seed) for seed in range(3)]
+    assert calls == [2, 1]
+    assert np.array_equal(np.concatenate(shards), np.stack([clip.frames[:, 0, 0] for clip in clips]))
+    assert captions == [clip.caption for clip in clips]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["vae", "--steps", "0"], "--steps, --batch, --clips, --workers and --minutes must be positive"),
+        (["vae", "--minutes", "0"], "must be positive"),
+        (["vae", "--device", "abacus"], "device abacus is not available here"),
+        (["dit", "--device", "cpu"], "run the stage vae with the same --work first"),
+        (["paint"], "invalid choice: 'paint'"),
+        (["vae", "--steps", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_errors_are_one_line(argv, message, tmp_path, capsys):
+    try:
+        code = run(train.program, [*argv, "--work", str(tmp_path)])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1

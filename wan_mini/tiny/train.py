@@ -1,0 +1,315 @@
+"""Train the tiny Wan from a seed to a checkpoint, with two commands:
+
+    python -m wan_mini.tiny.train vae    pictures, then short clips         -> vae.safetensors in the work folder
+    python -m wan_mini.tiny.train dit    DiT and text encoder, on latents   -> wan_mini/tiny/checkpoint/
+
+The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
+alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
+GPU adds up gradients in any order).
+"""
+
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from copy import deepcopy
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
+from wan_mini.dit import WanDiT
+from wan_mini.generate import SHIFT_AND_CFG, decode, generate
+from wan_mini.load import Wan, load_vae, save_wan
+from wan_mini.runtime import Parser, pick_device, run
+from wan_mini.scheduler import FlowEuler, shift_sigma
+from wan_mini.tiny.loop import Job, Recipe, Training, digest, readme, replace_file
+from wan_mini.tiny.untrained import CHARACTERS, tokenizer_json
+from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
+from wan_mini.tokenizer import MARK, Tokenizer
+from wan_mini.umt5 import UMT5Encoder
+from wan_mini.vae import CausalConv3d, WanVAE
+from wan_mini.video import from_model
+
+SHIFT, CFG = SHIFT_AND_CFG["tiny"]
+DROPOUT = 0.1  # share of captions left out, so that guidance has a model of videos without a caption
+NOISE = 0.05  # on the latents while the VAE learns, in standard deviations
+PHASES = (  # until this share of the steps: frames, height and width of the VAE's crops, crops per --batch
+    (0.4, 1, 64, 64, 1),  # a causal VAE codes its first frame alone, so pictures train that path, and fast
+    (0.8, 9, 64, 64, 1 / 4),
+    (1.0, 17, HEIGHT, WIDTH, 1 / 32),  # whole frames, because the attention in the middle looks at all positions
+)
+SHARD = 64  # clips in a file of the cache
+UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
+RECIPES = {
+    "vae": Recipe(steps=5000, batch=128, clips=2048, lr=2e-3, warmup=500),  # faster, it may never leave a flat grey
+    "dit": Recipe(steps=12000, batch=64, clips=16384, lr=1e-3),
+}
+
+
+# The ideas, one function each.
+
+
+def normal(rng: Generator, like: Tensor) -> Tensor:
+    """Standard normal noise shaped like a tensor, drawn on its device."""
+    generator = torch.Generator(like.device).manual_seed(int(rng.integers(2**32)))
+    return torch.randn(like.shape, generator=generator, device=like.device)
+
+
+def sample_sigma(rng: Generator, batch: int, shift: float = SHIFT) -> Tensor:
+    """(B,) noise levels in [0,1], shifted as the sampler's will be.
+
+    Each is uniform before the shift, and together they are evenly spaced, which makes the loss less noisy: Kingma et
+    al., Variational Diffusion Models (arXiv 2107.00630), appendix I.
+    """
+    u = (rng.random() + np.arange(batch) / batch) % 1
+    return shift_sigma(torch.from_numpy(u), shift).float()
+
+
+def drop_captions(rng: Generator, ids: Tensor, empty: Tensor, rate: float = DROPOUT) -> Tensor:
+    """Replace some rows of ids (B,L) by the empty prompt (L,). Ho & Salimans (arXiv 2207.12598)."""
+    dropped = torch.from_numpy(rng.random(len(ids)) < rate)
+    return torch.where(dropped[:, None], empty, ids)  # (B,1) picks (L,) or (B,L) -> (B,L)
+
+
+def flow_loss(dit: WanDiT, encoder: UMT5Encoder, clean: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+    """Squared error of the velocity: from clean latents (B,16,F,h,w) straight to noise. sigma (B,), ids (B,L).
+
+    Source: rectified flow (arXiv 2209.03003); Wan technical report (arXiv 2503.20314), section 4.2.
+    """
+    level = sigma.to(clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
+    noisy = (1 - level) * clean + level * noise
+    ids = ids.to(clean.device)
+    mask = (ids != 0).long()  # 0 is padding
+    text = encoder(ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
+    return F.mse_loss(dit(noisy, 1000 * sigma, text), noise - clean)
+
+
+def vae_loss(vae: WanVAE, video: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
+    """Mean absolute error of the reconstruction of a video (B,3,T,H,W) from its latents with a little noise.
+
+    The noise teaches the decoder to forgive small errors such as a DiT's. Its size follows each channel's own: next to
+    noise of a fixed size the young latents, still tiny, would be worth nothing, and would stay so. That also replaces
+    the usual KL divergence, which shrinks latents until noise matters.
+    """
+    latents = vae.encode(video)
+    size = latents.detach().std((0, 2, 3, 4), keepdim=True)  # (B,16,F,h,w) -> (1,16,1,1,1)
+    return (vae.decode(latents + NOISE * size * noise(latents)) - video).abs().mean()
+
+
+@torch.no_grad()
+def as_picture_model(vae: WanVAE) -> WanVAE:
+    """Begin with no look at the past: each frame is coded as a picture, and time is only thinned out and repeated.
+
+    What pictures teach is then a good start for clips, from which the zeros learn.
+    """
+    for layer in vae.modules():
+        if isinstance(layer, CausalConv3d):
+            layer.weight[:, :, :-1] = 0
+            if layer.kernel_size[1] == 1:  # halves or doubles time: keep the last frame of two, or make two of one
+                copies = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
+                layer.weight[:, :, -1, 0, 0] = copies  # (C or 2C, C)
+                layer.bias.zero_()
+    return vae
+
+
+def grammar_tokenizer(captions: Sequence[str]) -> dict:
+    """A unigram tokenizer: the captions' words, scored by log frequency, and below them every single character."""
+    texts = (MARK + caption.replace(" ", MARK) for caption in captions)
+    counts = Counter(piece for text in texts for piece in re.findall(rf"{MARK}[a-zA-Z]+|[.,]", text))
+    total = counts.total()
+    scores = dict.fromkeys(CHARACTERS, -math.log(total) - 1)  # less than a word seen once
+    return tokenizer_json(scores | {piece: math.log(count / total) for piece, count in sorted(counts.items())})
+
+
+def casual(caption: str) -> str:
+    """A caption as one would type it: no capital, no full stop. Half of the training captions are such."""
+    return caption[0].lower() + caption[1:].rstrip(".")
+
+
+def token_table(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """(N,L) ids of the texts, padded with 0 to the longest."""
+    rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+
+
+# The data: rendered once, by many processes, into a cache of shards on disk.
+
+
+def cached(job: Job, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
+    """Render the training clips and keep what `convert` makes of their frames (n,T,H,W,3): memory-mapped shards.
+
+    Also returns the captions. Shards that are there are not made again. Raises SystemExit when the time is over.
+    """
+    folder = job.work / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ranges = [range(at, min(at + SHARD, job.recipe.clips)) for at in range(0, job.recipe.clips, SHARD)]
+    files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}
+    missing = [seeds for seeds in ranges if not files[seeds].exists()]
+    with ProcessPoolExecutor(job.workers, mp_context=get_context("spawn")) as pool:  # a GPU does not survive a fork
+        ahead = pool.map(make_clip, missing[0] if missing else ())
+        for seeds, following in tqdm(list(zip(missing, [*missing[1:], ()])), desc=name, unit="shard"):
+            clips, ahead = list(ahead), pool.map(make_clip, following)  # rendered while these are converted
+            captions = "\n".join(clip.caption for clip in clips)
+            files[seeds].with_suffix(".txt").write_text(captions + "\n", encoding="utf-8")
+            replace_file(files[seeds], partial(np.save, arr=convert(np.stack([clip.frames for clip in clips]))))
+            if time.monotonic() > job.deadline:
+                raise SystemExit(f"paused while making {name}: the same command goes on")
+    texts = [file.with_suffix(".txt").read_text(encoding="utf-8").splitlines() for file in files.values()]
+    return [np.load(file, mmap_mode="r") for file in files.values()], sum(texts, [])
+
+
+def to_videos(frames: np.ndarray, device: torch.device) -> Tensor:
+    """Clips (B,T,H,W,3) uint8 -> videos (B,3,T,H,W) in [-1,1], converted on the device."""
+    return torch.tensor(frames, device=device).movedim(-1, 1).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, device: torch.device, frames: np.ndarray) -> np.ndarray:
+    """Clips (n,T,H,W,3) uint8 -> latents (n,16,F,h,w) float16, 8 clips at a time."""
+    parts = [vae.encode(to_videos(frames[at : at + 8], device)) for at in range(0, len(frames), 8)]
+    return torch.cat(parts).half().cpu().numpy()
+
+
+def crops(rng: Generator, shards: list[np.ndarray], progress: float, batch: int) -> np.ndarray:
+    """Random pieces (B,T,h,w,3) of random clips, as large as this share of the steps wants them."""
+    _, frames, height, width, share = next(phase for phase in PHASES if progress < phase[0])
+    out = []
+    for _ in range(max(1, round(batch * share))):
+        shard = shards[rng.integers(len(shards))]
+        t, y, x = rng.integers((FRAMES - frames + 1, HEIGHT - height + 1, WIDTH - width + 1))
+        out.append(shard[rng.integers(len(shard)), t : t + frames, y : y + height, x : x + width])
+    return np.stack(out)
+
+
+# The two stages.
+
+
+def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
+    """Random weights that depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def halved(module: nn.Module) -> nn.Module:
+    """The weights as they are stored: float16, 8 times finer than bfloat16, and exact again in float32."""
+    return module.cpu().half()
+
+
+def train_vae(job: Job, config: VAEConfig = TINY_VAE) -> None:
+    """Train the VAE, measure the statistics of its latents, write vae.safetensors."""
+    plain = replace(config, mean=(0.0,) * config.z_dim, std=(1.0,) * config.z_dim)
+    shards, _ = cached(job, "frames", lambda frames: frames)
+    training = Training("vae", job, seeded(job.seed, lambda: as_picture_model(WanVAE(plain))))
+    unseen = np.stack([make_clip(UNSEEN + i, kind, frames=range(9)).frames for i, kind in enumerate(KINDS)])
+
+    def loss_of(vae: WanVAE, progress: float, rng: Generator) -> Tensor:
+        video = to_videos(crops(rng, shards, progress, job.recipe.batch), job.device)
+        return vae_loss(vae, video, partial(normal, rng))
+
+    def reconstruct() -> np.ndarray:
+        with torch.no_grad():
+            videos = training.ema.decode(training.ema.encode(to_videos(unseen, job.device)))
+        return np.stack([from_model(video[None]) for video in videos])
+
+    def sheet() -> np.ndarray:
+        rows = np.stack([unseen, reconstruct()], axis=1)[:, :, ::4]  # (n,9,H,W,3) twice -> (n,2,3,H,W,3)
+        return rows.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3 * WIDTH, 3)  # -> (n,2,H,3,W,3) -> (2nH,3W,3)
+
+    training.run(loss_of, sheet)
+    vae = training.ema
+    vae.load_state_dict(halved(deepcopy(vae)).state_dict())  # from here on as rounded as it is stored
+    latents = encode(vae, job.device, shards[0]).astype(np.float32)  # (n,16,F,h,w)
+    mean, std = (f(latents, axis=(0, 2, 3, 4)).tolist() for f in (np.mean, np.std))  # -> (16,) each
+    vae.config = replace(config, mean=tuple(mean), std=tuple(std))
+    error = np.square(reconstruct() / 255.0 - unseen / 255.0).mean()
+    record = training.record(**{"PSNR of unseen clips": f"{-10 * np.log10(error):.2f} dB"})
+    save_file(halved(vae).state_dict(), job.work / "vae.safetensors", {"config": json.dumps(asdict(vae.config))})
+    (job.work / "vae.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"{job.work / 'vae.safetensors'}:", record)
+
+
+def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
+    """Train DiT and text encoder together on the latents of training clips; write the checkpoint folder."""
+    if not (file := job.work / "vae.safetensors").exists():
+        raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --work first")
+    vae = load_vae(file, device=job.device, dtype=torch.float32)
+    shards, captions = cached(job, f"latents-{digest(file)[:8]}", partial(encode, vae, job.device))
+    texts = [*captions, *map(casual, captions)]
+    (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
+    tokenizer = Tokenizer.from_file(job.work / "tokenizer.json")
+    ids = token_table(tokenizer, [*texts, ""])  # (2 clips + 1, L)
+    model = seeded(job.seed, lambda: nn.ModuleDict({"dit": WanDiT(config), "text": UMT5Encoder(text)}))
+    training = Training("dit", job, model)
+    prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
+
+    def loss_of(model: nn.ModuleDict, progress: float, rng: Generator) -> Tensor:
+        picks = rng.integers(len(captions), size=job.recipe.batch)
+        clean = np.stack([shards[pick // SHARD][pick % SHARD] for pick in picks])  # (B,16,F,h,w)
+        clean = torch.from_numpy(clean).to(job.device).float()
+        rows = ids[rng.choice([0, len(captions)], size=len(picks)) + picks]  # as written, or casual: (B,L)
+        rows = drop_captions(rng, rows, ids[-1])
+        return flow_loss(model["dit"], model["text"], clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows)
+
+    def sheet() -> np.ndarray:
+        wan = Wan(training.ema["dit"], vae, training.ema["text"], tokenizer, "tiny")
+        sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": "", "device": job.device}
+        latents = [generate(wan, prompt, size=(HEIGHT, WIDTH), frames=FRAMES, **sampler) for prompt in prompts]
+        rows = [np.concatenate([*decode(vae, z, job.device)[::8]], axis=1) for z in latents]  # (5,H,W,3) -> (H,5W,3)
+        return np.concatenate(rows)  # -> (2H,5W,3)
+
+    training.run(loss_of, sheet)
+    dit, text_encoder = halved(training.ema["dit"]), halved(training.ema["text"])
+    save_wan(job.folder, dit, halved(vae), text_encoder, job.work / "tokenizer.json")
+    records = {"vae": json.loads((job.work / "vae.json").read_text()), "dit": training.record()}
+    (job.folder / "README.md").write_text(readme(job.folder, records), encoding="utf-8")
+    print(f"wrote {job.folder}:", records["dit"])
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: first vae, then dit.")
+    p.add_argument("stage", choices=list(RECIPES))
+    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    p.add_argument("--folder", type=Path, default=Path("wan_mini/tiny/checkpoint"), help="the result (%(default)s)")
+    p.add_argument("--work", type=Path, default=Path("outputs/tiny"), help="clips, states, pictures (%(default)s)")
+    for name in ("steps", "batch", "clips"):
+        defaults = ", ".join(f"{stage} {getattr(recipe, name)}" for stage, recipe in RECIPES.items())
+        p.add_argument(f"--{name}", type=int, help=defaults)
+    p.add_argument("--seed", type=int, default=0, help="%(default)s")
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that render clips (%(default)s)")
+    p.add_argument("--minutes", type=float, default=math.inf, help="pause after so many")
+    return p
+
+
+def program(argv: list[str] | None) -> None:
+    """Parse, then train."""
+    args = parser().parse_args(argv)
+    given = {name: n for name in ("steps", "batch", "clips") if (n := getattr(args, name)) is not None}
+    if min([*given.values(), args.workers, args.seed + 1]) < 1 or not args.minutes > 0:
+        raise ValueError("--steps, --batch, --clips, --workers and --minutes must be positive, --seed not negative")
+    torch.backends.cudnn.benchmark = True  # shapes stay the same for thousands of steps
+    command = shlex.join(["python", "-m", "wan_mini.tiny.train", *(sys.argv[1:] if argv is None else argv)])
+    recipe, deadline = replace(RECIPES[args.stage], **given), time.monotonic() + 60 * args.minutes
+    job = Job(recipe, args.work, args.folder, pick_device(args.device), args.seed, args.workers, deadline, command)
+    {"vae": train_vae, "dit": train_dit}[args.stage](job)
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(program))
