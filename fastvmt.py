@@ -5,14 +5,16 @@
 
 The queries and keys of one block of the diffusion transformer tell where each token goes from frame to frame: the
 Attention Motion Flow (window.py). In the first steps of denoising, the latent is optimised (skip_optim.py) until its
-flow matches the reference's (losses.py). `transfer` below is the whole method.
+flow matches the reference's (losses.py). Below, `transfer` is the run, and `Guide` what is minimised.
 """
 
 import json
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,13 +42,13 @@ from wan_mini.runtime import (
     digests,
     free_bytes,
     height_width,
-    load_latents,
+    load_tensors,
     parse_knobs,
     pick_device,
     pick_dtype,
     resident,
     run,
-    save_latents,
+    save_tensors,
     versions,
 )
 from wan_mini.scheduler import FlowEuler
@@ -53,12 +56,13 @@ from wan_mini.tiny.untrained import untrained_checkpoint
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
 from window import CHUNK_BYTES, dense_amf, frame_pairs, tile_centres, windowed_amf
 
+FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents
 TINY_PROMPT = "A yellow star against the night sky."
 
 
 @dataclass(frozen=True)
 class MotionConfig:
-    """Every knob of a transfer. "release" is the published code, mayuelala/FastVMT at 34a050b."""
+    """Every knob of a transfer. Sec. and Eq. are the paper's; "release" is its code, mayuelala/FastVMT at 34a050b."""
 
     height: int = 480  # pixels, multiple of 16 (Sec. 4.1)
     width: int = 832
@@ -72,16 +76,20 @@ class MotionConfig:
     guided: float = 0.2  # first share of the steps that is guided (Sec. 4.1)
     inner_steps: int = 10  # latent updates per guided step (Sec. 4.1)
     interval: int = 3  # a gradient every so many updates (Eq. 9; release: 3)
-    lr: tuple[float, float] = (0.003, 0.002)  # first and last update (Sec. 4.1)
+    lr: tuple[float, float] = (0.003, 0.002)  # AdamW's rate at the first and the last of these updates (Sec. 4.1)
     block: int | None = None  # whose q and k; None: the middle one, 14 of 30 (Fig. 7, "15th block")
-    tau: float = 2.0  # factor of the mean logits (DiTFlow; not comparable with the release's, which scrambles heads)
+    tau: float = 2.0  # factor of the heads' mean logits (DiTFlow's; the release's belongs to other logits)
     tile: tuple[int, int] = (3, 4)  # tokens, rows and columns (release)
     window: int = 21  # tokens, side of the square window (release)
     span: int = 4  # largest distance of a frame pair (release, corrected: there the largest is 3)
     alpha: float = 0.2  # how much less the farthest pair weighs (Eq. 6)
     weights: tuple[float, float] = (5.0, 1.0)  # of AMF loss and window loss (Eq. 8)
-    centres: str = "ref0"  # windows around the clean reference's matches; "ref": the noised one's, "own": each its own
-    centre_kind: str = "argmax"  # Eq. 4; "soft": Eq. 2
+    # Around which matches the windows lie. "ref0": the clean reference's, once per run, for both videos. "ref": the
+    # noised reference's, for both. "own": each video's own, anew at every gradient (release); near pure noise these
+    # are almost random, so a prototype on a small trained Wan followed its reference far better with ref0 (README).
+    centres: str = "ref0"
+    centre_kind: str = "argmax"  # the best match (Eq. 4); "soft": the mean over all (Eq. 2; release)
+    vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
 
     def __post_init__(self):
         choices = {
@@ -92,17 +100,26 @@ class MotionConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
-        for name in ("fps", "steps", "shift", "inner_steps", "interval", "tau", "window", "span"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not (0 <= self.guided <= 1 and 0 < self.strength <= 1 and min(self.tile) > 0):
-            got = f"{self.guided}, {self.strength} and {self.tile}"
-            raise ValueError(f"need guided in [0, 1], strength in (0, 1] and tile of at least 1x1, got {got}")
+        least = {"height": 16, "width": 16, "frames": 5, "steps": 1, "inner_steps": 1, "interval": 1, "tile": 1}
+        least |= {"window": 1, "span": 1, "guided": 0, "alpha": 0, "weights": 0, "cfg": 0}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, (int, float))]
+            if not all(math.isfinite(n) and n >= least.get(f.name, 0) for n in numbers):
+                raise ValueError(f"{f.name} must be at least {least.get(f.name, 0)} and finite, got {value}")
+        for name in ("fps", "shift", "tau", "strength"):
+            if getattr(self, name) == 0:
+                raise ValueError(f"{name} must be above 0, got 0")
+        for name in ("guided", "strength", "alpha"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} must be at most 1, got {getattr(self, name)}")
 
     @property
     def guided_steps(self) -> int:
         """Number of guided denoising steps."""
-        return 0 if self.amf == "none" else int(np.ceil(round(self.guided * self.steps, 6)))
+        return (
+            0 if self.amf == "none" else math.ceil(round(self.guided * self.steps, 6))
+        )  # 0.2 * 15 is a little more than 3
 
     def block_of(self, dit: WanDiT) -> int:
         """The block whose queries and keys are read; by default 14 of 30, and the middle one of other depths."""
@@ -113,7 +130,7 @@ class MotionConfig:
         return block
 
 
-# For the tiny model: its steps and its grid of 8x12 tokens are fewer.
+# For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, faster updates. To be tuned once trained.
 TINY_MOTION = MotionConfig(
     height=128, width=192, frames=33, steps=25, shift=3.0, cfg=3.0, guided=0.4, lr=(0.015, 0.010), tau=3.0, window=5
 )
@@ -121,12 +138,12 @@ TINY_MOTION = MotionConfig(
 
 @dataclass
 class Transfer:
-    """What a run gives: frames (T,H,W,3) uint8, final latents (1,16,F,h,w) float32, both clips' flows, and a report."""
+    """What a run gives: final latents (1,16,F,h,w) float32, both clips' flows, a report, frames (T,H,W,3) uint8."""
 
-    frames: np.ndarray
     latents: Tensor
     flows: tuple[Tensor, Tensor]  # (F-1, S, 2) from each latent frame to the next: reference, result
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, Any]
+    frames: np.ndarray | None = None  # None until they are decoded
 
 
 @torch.no_grad()
@@ -139,20 +156,21 @@ def transfer(
     seed: int = 0,
     negative: str = NEGATIVE,
     device: torch.device | str = "cpu",
-    on_latents: Callable[[Tensor, tuple[Tensor, Tensor]], None] = lambda latents, flows: None,
+    on_latents: Callable[[Transfer], None] = lambda result: None,
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`.
 
     clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works.
-    on_latents gets the final latents and flows before decoding, so that a failure there loses nothing.
+    on_latents gets the result before it is decoded, so that a failure there loses nothing.
     Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
     """
     device = torch.device(device)
     stage = Stages(device)
     with stage("text"):
-        text, negative_text, null = encode_prompts(wan, [prompt, negative, ""], device)
+        text, negative_text, null = encode_prompts(wan, [prompt, negative, ""], device)  # null: no text at all
     with stage("encode"), resident(wan.vae, device):
-        z_ref = wan.vae.encode(to_model(clip).to(device), progress=lambda steps: tqdm(steps, desc="encode"))
+        bar = partial(tqdm, desc="encode")
+        z_ref = wan.vae.encode(to_model(clip).to(device), tile=config.vae_tile, progress=bar)
     noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
 
@@ -175,15 +193,20 @@ def transfer(
             check_finite(x, index, config.steps)
             bar.update()
         flows = guide.clean_flow(z_ref), guide.clean_flow(x)
-    on_latents(x, flows)
-    with stage("decode"):
-        frames = decode(wan.vae, x, device)
     report = {"stages": stage.table, "losses": losses, "gradients": sum(map(len, losses)), **guide.report}
-    return Transfer(frames, x, flows, report)
+    result = Transfer(x, flows, report)
+    on_latents(result)
+    with stage("decode"):
+        result.frames = decode(wan.vae, x, device, config.vae_tile)
+    return result
 
 
 class Guide:
-    """The motion of a reference clip, and the loss that pulls a latent towards it."""
+    """The motion of a reference clip, and the loss that pulls a latent towards it.
+
+    The reference is read without its text (null), the result with its prompt. Both carry the same noise: what is
+    compared at each step is how two equally noisy latents move.
+    """
 
     def __init__(self, dit: WanDiT, z_ref: Tensor, text: Tensor, null: Tensor, config: MotionConfig):
         self.dit, self.text, self.null, self.config = dit, text, null, config
@@ -191,9 +214,9 @@ class Guide:
         self.pairs = frame_pairs(self.grid[0], config.span)
         self.block = config.block_of(dit)
         self.checkpoint = needs_checkpoint(dit, self.grid, self.block, z_ref.device)
-        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint, "gradient_norms": []}
-        self.centres = None
-        if config.amf == "windowed" and config.centres == "ref0":  # once per run, from the clean reference (t = 0)
+        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint, "key_gradient_norms": []}
+        self.centres = None  # each video's own
+        if config.amf == "windowed" and config.centres == "ref0":  # the clean reference's (t = 0)
             self.centres = self.centres_of(*self.qk(z_ref, torch.zeros(1), null))
 
     def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -212,37 +235,53 @@ class Guide:
         c = self.config
         if c.amf == "dense":
             return dense_amf(q, k, self.grid, self.pairs, tau=c.tau), None
-        centres = self.centres_of(q, k) if centres is None else centres  # None: "own"
+        centres = self.centres_of(q, k) if centres is None else centres
         return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
+
+    def losses(self, q: Tensor, k: Tensor, flow_ref: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Flow loss (Eq. 5) and window loss (Eq. 7; 0 for dense flow, which has no windows)."""
+        flow, windows = self.flow(q, k, centres)
+        amf = amf_loss(flow_ref, flow, self.pairs, self.config.span, self.config.alpha)
+        return amf, k.new_zeros(()) if windows is None else window_loss(k, self.grid, self.pairs, windows)
 
     def loss_at(
         self, timestep: Tensor, noised_reference: Tensor, show: Callable[..., None] = lambda **losses: None
     ) -> Callable[[Tensor], Tensor]:
-        """The loss of a latent at this timestep, against the reference at the same noise (Eq. 5-8)."""
-        norms: dict[str, float] = {}
-        self.report["gradient_norms"].append(norms)
+        """The loss of a latent at this timestep, against the reference at the same noise (Eq. 8)."""
         q_ref, k_ref = self.qk(noised_reference, timestep, self.null)
         centres = self.centres_of(q_ref, k_ref) if self.config.centres == "ref" else self.centres
         flow_ref, _ = self.flow(q_ref, k_ref, centres)
+        norms: dict[str, float] = {}  # noted at the first gradient of the step
+        self.report["key_gradient_norms"].append(norms)
 
         def loss(x: Tensor) -> Tensor:
             q, k = self.qk(x, timestep, self.text)
-            flow, windows = self.flow(q, k, centres)
-            amf = amf_loss(flow_ref, flow, self.pairs, self.config.span, self.config.alpha)
-            tracking = k.new_zeros(()) if windows is None else window_loss(k, self.grid, self.pairs, windows)
+            amf, tracking = self.losses(q, k, flow_ref, centres)
             show(amf=f"{amf.item():.4g}", window=f"{tracking.item():.4g}")
-            if not norms and windows is not None:  # once a step: only their ratio matters to Adam
-                for name, part, weight in zip(("amf", "window"), (amf, tracking), self.config.weights):
-                    (gradient,) = torch.autograd.grad(weight * part, k, retain_graph=True)
-                    norms[name] = gradient.norm().item()
+            if not norms:
+                norms.update(key_gradient_norms(amf, tracking, self.config.weights, k))
             return total_loss(amf, tracking, self.config.weights)
 
         return loss
 
     def clean_flow(self, latents: Tensor) -> Tensor:
-        """Dense flow of a clean clip from each latent frame to the next, (F-1, S, 2): for people to look at."""
+        """Dense flow of a clean clip from each latent frame to the next, (F-1, S, 2): the preview's arrows.
+
+        Not the flow that was optimised, which is that of noisy latents.
+        """
         q, k = self.qk(latents, torch.zeros(1), self.null)
         return dense_amf(q, k, self.grid, frame_pairs(self.grid[0], 1), tau=self.config.tau)
+
+
+def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float], k: Tensor) -> dict[str, float]:
+    """How hard each weighted loss pulls at the keys, on which both act; Adam forgets all of it but the ratio."""
+    norms = {}
+    for name, weight, loss in zip(("amf", "window"), weights, (amf, window)):
+        gradient = (
+            torch.autograd.grad(weight * loss, k, retain_graph=True)[0] if loss.requires_grad else k.new_zeros(())
+        )
+        norms[name] = gradient.norm().item()
+    return norms
 
 
 def needs_checkpoint(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> bool:
@@ -262,13 +301,13 @@ def parser() -> Parser:
         prog="fastvmt.py", description="Generate a video that shows a prompt with the motion of a reference clip."
     )
     model = p.add_argument_group("model")
-    model.add_argument("--model", type=Path, default=Path("tiny"), help="checkpoint folder, any layout (%(default)s)")
+    model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (a tiny untrained model)")
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (bfloat16 where native)")
     model.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
     clip = p.add_argument_group("clip and prompt")
-    clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (tiny: a synthetic clip)")
-    clip.add_argument("--prompt", help=f'what the new video shows (tiny: "{TINY_PROMPT}")')
+    clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a synthetic clip)")
+    clip.add_argument("--prompt", help=f'what the new video shows ("{TINY_PROMPT}")')
     clip.add_argument("--negative", default=NEGATIVE, help="what it should not look like (Wan's default)")
     clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps:g} a second ({c.frames}, tiny {t.frames})")
     size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
@@ -279,8 +318,9 @@ def parser() -> Parser:
     method.add_argument("--interval", type=int, help=f"a gradient every so many latent updates ({c.interval})")
     method.add_argument("--steps", type=int, help=f"denoising steps ({c.steps}, tiny {t.steps})")
     method.add_argument("--strength", type=float, help=f"below 1: start from the noised reference ({c.strength})")
-    names = ", ".join(f.name for f in fields(c))
-    method.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help=f"any knob of MotionConfig: {names}")
+    knobs = "any knob of MotionConfig (what each does stands there), pairs as lr=0.003,0.002: "
+    knobs += ", ".join(f.name for f in fields(c))
+    method.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=knobs)
     output = p.add_argument_group("output")
     output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
@@ -292,10 +332,12 @@ def parser() -> Parser:
 def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     """The model's MotionConfig with what the command line changes; sizes are rounded, and that is said."""
     given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "strength", "frames")}
-    knobs = {name: value for name, value in given.items() if value is not None}
-    if args.size:
-        knobs["height"], knobs["width"] = args.size
-    config = replace(base, **knobs, **parse_knobs(base, args.set))
+    given |= dict(zip(("height", "width"), args.size or (None, None)))
+    given = {name: value for name, value in given.items() if value is not None}
+    knobs = parse_knobs(base, args.set)
+    if twice := sorted(given.keys() & knobs.keys()):
+        raise ValueError(f"{', '.join(twice)} given twice, by a flag and by --set: keep one")
+    config = replace(base, **given, **knobs)
     height, width = valid_size((config.height, config.width))
     rounded = replace(config, height=height, width=width, frames=valid_frames(config.frames))
     for name in ("height", "width", "frames"):
@@ -304,9 +346,7 @@ def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     return rounded
 
 
-def dry_run(
-    model: Path, name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype
-) -> None:
+def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype) -> None:
     """Print what a run would cost, from the sizes of the parts alone."""
     c, dit, width = config, parts["dit"].config, dtype.itemsize
     f, h, w = (c.frames - 1) // 4 + 1, c.height // 16, c.width // 16
@@ -318,38 +358,52 @@ def dry_run(
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     weights = {part: n * (4 if part == "vae" else width) / 1e9 for part, n in count.items()}
     kept, recomputed = (activation_bytes(dit, tokens, block, width, again) / 1e9 for again in (False, True))
-    print(f"model        {name} ({model}): " + ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in count.items()))
+    print(f"model        {name}: " + ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in count.items()))
     print(f"clip         {c.frames} frames of {c.height}x{c.width} at {c.fps:g} a second")
     print(f"tokens       {f} x {h} x {w} = {tokens}, tiles {c.tile[0]}x{c.tile[1]}, window {c.window}")
     print(f"guidance     {c.guided_steps} of {c.steps} steps, block {block} of {dit.num_layers}, {pairs} frame pairs")
     print(f"evaluations  {gradients} gradients for {updates} latent updates")
     print(f"operations   denoising {plain / 1e12:,.1f} TFLOP, guidance {guidance / 1e12:,.1f} TFLOP")
-    print("weights      " + ", ".join(f"{part} {size:.2f} GB" for part, size in weights.items()))
-    print(f"activations  {kept:.2f} GB for a gradient, {recomputed:.2f} GB with checkpointing (estimates)")
-    print(f"flow         {4 * max(CHUNK_BYTES, 4 * (h * w) ** 2) / 1e9:.2f} GB at most")
+    print(f"weights      {dtype}: " + ", ".join(f"{part} {size:.2f} GB" for part, size in weights.items()))
+    logits = 4 * (h * w) ** 2  # bytes, of one pair of frames
+    flow = 4 * min(max(CHUNK_BYTES, logits), logits * (f - 1)) / 1e9
+    print(
+        f"gradient     {kept:.2f} GB of activations, or {recomputed:.2f} GB recomputed; flow {flow:.2f} GB (estimates)"
+    )
+    for how, loaded in (("all loaded", sum(weights.values())), ("--offload", weights["dit"])):
+        low, high = (loaded + activations + flow for activations in (recomputed, kept))
+        print(
+            f"in all       {how}: {high:.1f} GB, or {low:.1f} GB recomputed (estimates, without VAE and text encoding)"
+        )
 
 
-def write_result(
-    folder: Path, frames: np.ndarray, clip: np.ndarray, flows: tuple[Tensor, Tensor], settings: dict
-) -> None:
-    """The clip, and the preview: reference beside result, each with arrows of its flow."""
+def write_result(folder: Path, frames: np.ndarray, clip: np.ndarray, flows: Any, settings: dict, png: bool) -> None:
+    """The clip, and the preview: reference beside result, each with arrows of its flow. All say how they were made."""
+    names = {name: Path(settings[name]).name for name in ("model", "ref")}  # folders are nobody's business
+    label = {"ai_generated": True, **settings, **names}
     config = settings["config"]
     grid = (len(flows[0]) + 1, clip.shape[1] // 16, clip.shape[2] // 16)
     panels = zip(("reference", "result"), (clip, frames), flows)
     preview = side_by_side({name: with_arrows(panel, flow, grid, config["tile"]) for name, panel, flow in panels})
-    files = [write_video(folder / "result.mp4", frames, config["fps"], {"ai_generated": True, **settings})]
-    files.append(write_video(folder / "preview.webp", preview, config["fps"]))
+    files = [write_video(folder / "result.mp4", frames, config["fps"], label)]
+    files.append(write_video(folder / "preview.webp", preview, config["fps"], label))
+    for number, frame in enumerate(frames if png else []):
+        info = PngInfo()
+        info.add_itxt("Description", json.dumps(label))
+        Image.fromarray(frame).save(folder / f"frame{number:04d}.png", pnginfo=info)
     print("wrote", ", ".join(map(str, files)))
 
 
-def finish(latents: Path, device: torch.device) -> None:
+def finish(latents: Path, device: torch.device, png: bool) -> None:
     """Decode the latents of a run that stopped there, and write its result beside them."""
-    x, flows, settings = load_latents(latents)
+    (x, *flows), settings = load_tensors(latents, ["latents", *FLOWS])
     config = settings["config"]
     size = config["height"], config["width"]
     clip = read_video(settings["ref"], size=size, frames=config["frames"], fps=config["fps"])
+    if sha256(clip.tobytes()).hexdigest() != settings["ref_sha256"]:
+        raise ValueError(f"{settings['ref']} has changed since the run: put the old clip back")
     vae = load_vae(settings["model"], device=device, dtype=torch.float32)
-    write_result(latents.parent, decode(vae, x, device), clip, flows, settings)
+    write_result(latents.parent, decode(vae, x, device, config["vae_tile"]), clip, flows, settings, png)
 
 
 def program(argv: list[str] | None) -> None:
@@ -358,18 +412,19 @@ def program(argv: list[str] | None) -> None:
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
     if args.decode:
-        finish(args.decode, device)
+        finish(args.decode, device, args.png)
         return
     name, parts = outline(args.model)
     config = config_of(args, TINY_MOTION if name == "tiny" else MotionConfig())
     config.block_of(parts["dit"])  # raises before anything is loaded
     if args.dry_run:
-        dry_run(args.model, name, parts, config, dtype)
+        dry_run(name, parts, config, dtype)
         return
-    if args.model == Path("tiny") and not args.model.exists():
+    if args.model is None:
+        print("note: no --model, so a tiny untrained one: its video is noise and its arrows mean nothing,")
+        print("      only the pipeline is the real one")
         args.model, reference = untrained_checkpoint()
         args.ref, args.prompt = args.ref or reference, TINY_PROMPT if args.prompt is None else args.prompt
-        print("note: the tiny model is untrained, so its video is noise; the pipeline is the real one")
     if args.ref is None or args.prompt is None:
         raise ValueError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not args.prompt.strip():
@@ -378,29 +433,30 @@ def program(argv: list[str] | None) -> None:
 
 
 def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """One run from file to files: what can fail cheaply comes first."""
+    """One run from file to files: what can fail cheaply comes first; nothing is written before there is a result."""
     folder = check_new_folder(args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S")))
     clip = read_video(args.ref, size=(config.height, config.width), frames=config.frames, fps=config.fps)
     if len(clip) < config.frames:
         print(f"note: {args.ref} is shorter than {config.frames} frames, so {len(clip)} are used")
         config = replace(config, frames=len(clip))
-    settings = {"model": str(args.model), "ref": str(args.ref), "ref_sha256": sha256(clip.tobytes()).hexdigest()}
-    settings |= {"prompt": args.prompt, "negative": args.negative}
-    settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=dtype)
-    folder.mkdir(parents=True, exist_ok=True)
+    config = replace(config, block=config.block_of(wan.dit))
+    settings = {"model": str(args.model.resolve()), "ref": str(args.ref.resolve())}
+    settings |= {"ref_sha256": sha256(clip.tobytes()).hexdigest(), "prompt": args.prompt, "negative": args.negative}
+    settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
+    facts = {"offload": args.offload, "versions": versions(), "checkpoint_sha256": digests(args.model)}
 
-    def save(latents: Tensor, flows: tuple[Tensor, Tensor]) -> None:
-        save_latents(folder / "latents.safetensors", latents, flows, settings)
+    def save(result: Transfer) -> None:
+        flows = dict(zip(FLOWS, result.flows))
+        save_tensors(folder / "latents.safetensors", {"latents": result.latents, **flows}, settings)
+        record = json.dumps({**settings, **result.report, **facts}, indent=2, ensure_ascii=False)
+        (folder / "run.json").write_text(record + "\n", encoding="utf-8")
 
     options = {"seed": args.seed, "negative": args.negative, "device": device, "on_latents": save}
     result = transfer(wan, clip, args.prompt, config, **options)
-    write_result(folder, result.frames, clip, result.flows, settings)
-    for number, frame in enumerate(result.frames if args.png else []):
-        Image.fromarray(frame).save(folder / f"frame{number:04d}.png")
-    record = {**settings, **result.report, "versions": versions(), "checkpoint_sha256": digests(args.model)}
-    (folder / "run.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    save(result)  # again, with the costs of decoding
+    write_result(folder, result.frames, clip, result.flows, settings, args.png)
     for stage, cost in result.report["stages"].items():
         print(f"{stage:8} {cost['seconds']:8.1f} s  peak {cost['peak_gb']} GB")
 

@@ -28,14 +28,14 @@ def window_loss(k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, in
     f, h, w = grid
     span = max(j - i for i, j in pairs)
     index = {pair: n for n, pair in enumerate(pairs)}
-    if len(index) != sum(f - d for d in range(1, span + 1)):
-        raise ValueError(f"window_loss needs all pairs of {f} frames up to distance {span}, got {len(index)}")
+    if index.keys() != {(i, i + d) for d in range(1, span + 1) for i in range(f - d)}:
+        raise ValueError(f"window_loss needs all pairs of {f} frames up to distance {span}, got {pairs}")
     keys = k[0].to(torch.promote_types(k.dtype, torch.float32)).flatten(1).unflatten(0, (f, h * w))  # -> (F,S,C)
     means = []  # by distance d: (F-d, tiles, C)
     for d in range(1, span + 1):
         chosen = windows[[index[i, i + d] for i in range(f - d)]]  # (F-d, tiles, keys)
-        average = keys.new_zeros(*chosen.shape[:2], h * w).scatter_(2, chosen, 1 / chosen.shape[2], reduce="add")
-        means.append(average @ keys[d:])  # (F-d, tiles, S) x (F-d, S, C): the mean as a product, no keys gathered
+        weights = keys.new_zeros(*chosen.shape[:2], h * w).scatter_(2, chosen, 1 / chosen.shape[2], reduce="add")
+        means.append(weights @ keys[d:])  # (F-d, tiles, S) x (F-d, S, C): the mean as a product, no keys gathered
     loss = k.new_zeros((), dtype=keys.dtype)
     for d in range(1, span):
         change = (means[d] - means[d - 1][:-1]).square().sum(2).mean(1) / k.shape[2]  # (F-d-1, tiles, C) -> (F-d-1,)

@@ -3,11 +3,19 @@
 Dense AMF compares every token with every token of the other frame. FastVMT (arXiv 2602.05551, Sec. 3.3) first asks
 one representative of each tile of tokens where its tile went (Eq. 1, 2, 4), then lets the tile's tokens look only at
 a window around that place (Eq. 3). Windows are boxes of distinct keys: at borders they are shifted, never padded.
+What a window buys is that far, wrong matches are out of reach. It does not buy time: all logits of a pair of frames are
+computed, in one matrix product, because that is faster than gathering each window's keys.
 
-q and k are (1,N,M,D), raster order inside a frame; a grid is (F,H,W), with N = F*H*W and S = H*W tokens a frame;
-positions and displacements are (rows, columns) in tokens. A logit is the heads' mean: tau sum_m q_m k_m / (M sqrt(D)).
+    grid = (F, H, W)                                        # N = F*H*W tokens, S = H*W of them in a frame
+    q, k = ...                                              # (1,N,M,D) of one clip, raster order, as attention uses
+    pairs = frame_pairs(F, span=4)
+    flow, windows = windowed_amf(q, k, grid, pairs)         # (pairs, S, 2): rows and columns, in tokens
+
+A logit is the heads' mean times tau: tau sum_m q_m k_m / (M sqrt(D)). A larger tau picks the best match, a smaller one
+averages over many; it suits one model and one way of reducing the heads.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,8 +23,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # The logits of one chunk of frame pairs, S*S floats each, take at most this many bytes (or one pair, if that is more).
-# Chunks are recomputed in the backward: at any F, the AMF needs at most four times this beside its inputs, their
-# gradients and its outputs (logits, their softmax and the gradient of each).
+# Chunks are recomputed in the backward: at any F, the AMF needs at most four times this (logits, softmax, and the
+# gradient of each) beside its inputs, a scaled copy of q, the gradients of these three, and its outputs.
 CHUNK_BYTES = 2**27
 
 Grid = tuple[int, int, int]
@@ -24,7 +32,7 @@ Pair = tuple[int, int]
 
 
 def frame_pairs(frames: int, span: int) -> list[Pair]:
-    """All (i, j) with 1 <= j - i <= span, those of one distance together (spec of Eq. 3 without i = j).
+    """All (i, j) with 1 <= j - i <= span: Eq. 3 without i = j, where nothing moves. Those of one distance together.
 
     Raises ValueError if there is none.
     """
@@ -43,7 +51,7 @@ def dense_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], *, tau: float
     def flow_of(q_i: Tensor, k_j: Tensor) -> Tensor:
         return (q_i @ k_j.mT).softmax(-1) @ places - places  # (P,S,C) x (P,S,C) -> (P,S,S) -> (P,S,2)
 
-    return _by_chunks(flow_of, _frames(q, grid, tau), _frames(k, grid), pairs)
+    return _by_chunks(flow_of, *_features(q, k, grid, tau), pairs)
 
 
 def tile_centres(
@@ -59,10 +67,13 @@ def tile_centres(
     """Where the middle token of each tile is found in the target frame: Eq. 1, then Eq. 4, or Eq. 2 if kind="soft".
 
     -> centres (len(pairs), tiles, 2), absolute positions, no gradient. "argmax" does not depend on tau; "soft"
-    is a mean over the frame, which falls to the frame's middle where the match is unsure. Raises ValueError on others.
+    is a mean over the frame, which falls to the frame's middle where the match is unsure.
+    Raises ValueError on another kind, an empty tile, or q and k that do not fit the grid.
     """
     if kind not in ("argmax", "soft"):
         raise ValueError(f'kind of centres must be "argmax" or "soft", got {kind!r}')
+    if min(tile) < 1:
+        raise ValueError(f"tile must be at least 1x1 tokens, got {tile}")
     places = _places(grid, q)
     _, h, w = grid
     rows = (torch.arange(0, h, tile[0], device=q.device) + tile[0] // 2).clamp(max=h - 1)
@@ -74,7 +85,8 @@ def tile_centres(
         return places[logits.argmax(-1)] if kind == "argmax" else logits.softmax(-1) @ places  # -> (P,tiles,2)
 
     with torch.no_grad():
-        return _by_chunks(centre_of, _frames(q, grid, tau)[:, middle], _frames(k, grid), pairs)
+        queries, keys = _features(q, k, grid, tau)
+        return _by_chunks(centre_of, queries[:, middle], keys, pairs)
 
 
 def place_windows(centres: Tensor, grid: Grid, window: int) -> Tensor:
@@ -105,16 +117,19 @@ def windowed_amf(
     """Displacement of each token by a softmax over its tile's window in the target frame (Eq. 3).
 
     centres (len(pairs), tiles, 2) from tile_centres, of this video or of another; None: this video's own argmax.
-    -> flow (len(pairs), S, 2) in tokens, absolute; windows (len(pairs), tiles, keys), flat token numbers in the target
-    frame. No gradient through the windows' places. Grids that tiles do not divide end in smaller tiles.
+    -> flow (len(pairs), S, 2), from each token's own place, wherever its window is; windows (len(pairs), tiles, keys),
+    flat token numbers in the target frame. No gradient through the windows' places. Where tiles do not divide the
+    grid, the last ones are smaller. Raises ValueError on sizes that do not fit.
     """
-    if window < 1 or min(tile) < 1:
-        raise ValueError(f"window and tile must be at least 1 token, got {window} and {tile}")
+    if window < 1:
+        raise ValueError(f"window must be at least 1 token, got {window}")
     if centres is None:
         centres = tile_centres(q, k, grid, pairs, tile=tile, tau=tau)
+    tokens, slots = _tile_tokens(grid, tile, q.device)
+    if centres.shape != (len(pairs), len(tokens), 2):
+        raise ValueError(f"centres must be {(len(pairs), len(tokens), 2)} for tiles {tile}, got {tuple(centres.shape)}")
     windows = place_windows(centres, grid, window)
     places = _places(grid, q)
-    tokens, slots = _tile_tokens(grid, tile, q.device)
 
     def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:
         logits = (q_i @ k_j.mT).unflatten(1, tokens.shape)  # (P,tiles*t,C) x (P,S,C) -> (P,tiles,t,S)
@@ -122,17 +137,24 @@ def windowed_amf(
         found = inside.softmax(-1) @ places[keys]  # (P,tiles,t,keys) x (P,tiles,keys,2) -> (P,tiles,t,2)
         return found.flatten(1, 2)[:, slots] - places  # -> (P,tiles*t,2) -> raster (P,S,2)
 
-    queries = _frames(q, grid, tau)[:, tokens.flatten()]  # (F,S,C) -> (F,tiles*t,C), tile by tile
-    return _by_chunks(flow_of, queries, _frames(k, grid), pairs, windows), windows
+    queries, keys = _features(q, k, grid, tau)
+    queries = queries[:, tokens.flatten()]  # (F,S,C) -> (F,tiles*t,C), tile by tile
+    return _by_chunks(flow_of, queries, keys, pairs, windows), windows
 
 
-def _frames(x: Tensor, grid: Grid, tau: float | None = None) -> Tensor:
-    """(1,N,M,D) -> (F,S,M*D) at least float32: a dot product over M*D is the sum of all heads' logits."""
+def _features(q: Tensor, k: Tensor, grid: Grid, tau: float) -> tuple[Tensor, Tensor]:
+    """q and k (1,N,M,D) -> (F,S,M*D) each, at least float32, with all factors of a logit in q.
+
+    So a dot product over M*D is a logit: the sum over heads and channels, times tau / (M sqrt(D)).
+    """
     f, h, w = grid
-    if x.shape[:2] != (1, f * h * w):
-        raise ValueError(f"q and k must be (1, {f * h * w}, heads, width) for grid {grid}, got {tuple(x.shape)}")
-    scale = 1.0 if tau is None else tau / (x.shape[2] * x.shape[3] ** 0.5)
-    return scale * x[0].to(torch.promote_types(x.dtype, torch.float32)).flatten(1).unflatten(0, (f, h * w))
+    if q.ndim != 4 or q.shape != k.shape or q.shape[:2] != (1, f * h * w):
+        got = f"{tuple(q.shape)} and {tuple(k.shape)}"
+        raise ValueError(f"q and k must be (1, {f * h * w}, heads, width) for grid {grid}, got {got}")
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    scale = tau / (q.shape[2] * q.shape[3] ** 0.5)
+    q, k = (x[0].to(dtype).flatten(1).unflatten(0, (f, h * w)) for x in (q, k))  # (1,N,M,D) -> (N,M*D) -> (F,S,M*D)
+    return scale * q, k
 
 
 def _places(grid: Grid, like: Tensor) -> Tensor:
@@ -144,9 +166,13 @@ def _places(grid: Grid, like: Tensor) -> Tensor:
 
 
 def _tile_tokens(grid: Grid, tile: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The tokens of each tile (tiles, t), those beyond the frame clamped, and each token's slot in that list (S,)."""
+    """The tokens of each tile (tiles, t), and each token's slot in that list (S,).
+
+    Tiles at the border are filled with copies of the frame's last row or column, which have no slot and so no effect.
+    A frame of 2 x 3 in tiles of 2 x 2: tokens [[0, 1, 3, 4], [2, 2, 5, 5]], slots [0, 1, 4, 2, 3, 6].
+    """
     _, h, w = grid
-    (t_h, t_w), n_h, n_w = tile, -(-h // tile[0]), -(-w // tile[1])
+    (t_h, t_w), n_h, n_w = tile, math.ceil(h / tile[0]), math.ceil(w / tile[1])
     rows = torch.arange(n_h * t_h, device=device).reshape(n_h, 1, t_h, 1)
     columns = torch.arange(n_w * t_w, device=device).reshape(1, n_w, 1, t_w)
     tokens = (rows.clamp(max=h - 1) * w + columns.clamp(max=w - 1)).flatten(0, 1).flatten(1)  # -> (tiles, t)
@@ -160,6 +186,9 @@ def _by_chunks(function: Callable[..., Tensor], q: Tensor, k: Tensor, pairs: lis
 
     q (F,queries,C), k (F,S,C), extra (len(pairs), ...) -> (len(pairs), ...). Recomputed in the backward.
     """
+    frames = len(q)
+    if not all(0 <= i < frames and 0 <= j < frames for i, j in pairs):
+        raise ValueError(f"pairs must be frames in 0..{frames - 1}, got {pairs}")
     limit = max(1, CHUNK_BYTES // (q.shape[1] * k.shape[1] * q.element_size()))
     out, start = [], 0
     for i, j, n in _runs(pairs, limit):

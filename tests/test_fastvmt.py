@@ -44,10 +44,20 @@ def test_defaults_are_the_papers():
     assert replace(c, amf="none").guided_steps == 0
     with pytest.raises(ValueError, match="amf must be one of windowed, dense, none, got window"):
         replace(c, amf="window")
-    with pytest.raises(ValueError, match="interval must be above 0, got 0"):
+    with pytest.raises(ValueError, match="interval must be at least 1 and finite, got 0"):
         replace(c, interval=0)
-    with pytest.raises(ValueError, match=r"strength in \(0, 1\] and tile of at least 1x1, got 0.2, 2.0 and"):
-        replace(c, strength=2.0)
+    for name, value, message in (
+        ("strength", 2.0, "at most 1, got 2.0"),
+        ("strength", 0.0, "above 0, got 0"),
+        ("tile", (3, 0), r"at least 1 and finite, got \(3, 0\)"),
+        ("tau", float("nan"), "finite, got nan"),
+        ("lr", (-1.0, 0.1), "at least 0 and finite"),
+        ("height", 8, "at least 16"),
+        ("frames", 1, "at least 5"),
+        ("centre_kind", "mean", "one of argmax, soft, got mean"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be .*{message}"):
+            replace(c, **{name: value})
 
 
 def test_the_block_is_the_middle_one():
@@ -113,7 +123,7 @@ def test_the_loss_is_the_papers(wan, clip, centres):
     a, b = torch.autograd.grad(ours, x)[0], torch.autograd.grad(slow, x, retain_graph=True)[0]
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
     window = torch.autograd.grad(naive.window_loss(gen[1], grid, pairs, windows), gen[1])[0]
-    assert guide.report["gradient_norms"][0]["window"] == pytest.approx(window.norm().item(), rel=1e-3)
+    assert guide.report["key_gradient_norms"][0]["window"] == pytest.approx(window.norm().item(), rel=1e-3)
 
 
 def test_guidance_lowers_the_loss_and_counts_gradients(wan, clip):
@@ -124,6 +134,24 @@ def test_guidance_lowers_the_loss_and_counts_gradients(wan, clip):
         assert len(inner) == 10 and inner == sorted(inner, reverse=True)
     unguided = transfer(wan, clip, "a ball", replace(SMALL, amf="none"))
     assert (result.latents - unguided.latents).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("changes", [{"span": 1}, {"amf": "dense"}, {"window": 1}, {"tile": (5, 5)}, {"span": 99}])
+def test_extreme_settings_run(wan, clip, changes):
+    assert transfer(wan, clip, "a ball", replace(SMALL, **changes)).latents.isfinite().all()
+
+
+def test_the_shortest_clip(wan, clip):
+    """Five frames are two latent frames: one pair, and no window loss, as that compares two pairs."""
+    result = transfer(wan, clip[:5], "a ball", SMALL)
+    assert result.report["pairs"] == 1 and result.frames.shape == (5, 64, 96, 3)
+    assert [norms["window"] for norms in result.report["key_gradient_norms"]] == [0.0, 0.0]
+
+
+def test_tiles_of_the_vae_reach_it(wan, clip):
+    config = replace(SMALL, amf="none", steps=1, vae_tile=32)
+    tiled, whole = (transfer(wan, clip, "a ball", c).frames for c in (config, replace(config, vae_tile=None)))
+    assert 0 < np.abs(tiled.astype(int) - whole).mean() < 40
 
 
 def test_a_window_over_the_whole_frame_is_dense_guidance(wan, clip):
@@ -222,10 +250,18 @@ def test_a_run_that_fails_to_decode_can_be_finished(folder, tmp_path, clip, monk
         patch.setattr(fastvmt, "decode", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
         assert main([*command, "--out", str(tmp_path / "cut")]) == 2
     assert "error: out of memory" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "cut").iterdir()] == ["latents.safetensors"]
-    assert main(["--decode", str(tmp_path / "cut" / "latents.safetensors")]) == 0
+    assert {path.name for path in (tmp_path / "cut").iterdir()} == {"latents.safetensors", "run.json"}
+    assert json.loads((tmp_path / "cut" / "run.json").read_text(encoding="utf-8"))["gradients"] == 4
+    monkeypatch.chdir("/")  # paths are kept absolute
+    assert main(["--decode", str(tmp_path / "cut" / "latents.safetensors"), "--png"]) == 0
+    assert len(list((tmp_path / "cut").glob("frame*.png"))) == 9
     for name in ("preview.webp", "result.mp4" if shutil.which("ffmpeg") else "result.webp"):
         assert np.array_equal(read_video(tmp_path / "cut" / name), read_video(tmp_path / "whole" / name))
+    write_video(tmp_path / "ref.webp", clip[::-1], 16)
+    assert main(["--decode", str(tmp_path / "cut" / "latents.safetensors")]) == 2
+    assert "ref.webp has changed since the run" in capsys.readouterr().err
+    assert main(["--decode", str(tmp_path / "ref.webp")]) == 2
+    assert "holds no run's latents" in capsys.readouterr().err
 
 
 def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
@@ -243,6 +279,10 @@ def test_pictures_on_request(folder, tmp_path, clip):
     command = ["--model", str(folder), "--ref", str(tmp_path / "ref.webp"), "--prompt", "", "--amf", "none", "--png"]
     assert main([*command, "--out", str(out), *FLAGS]) == 0
     assert read_video(out).shape == (9, 64, 96, 3)  # a folder of pictures, in order
+    said = [json.loads(Image.open(out / "frame0000.png").info["Description"])]
+    said.append(json.loads(Image.open(out / "preview.webp").getexif()[0x010E]))
+    for label in said:
+        assert label["ai_generated"] and label["ref"] == "ref.webp" and label["model"] == folder.name
 
 
 def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
@@ -260,8 +300,8 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
 
 def test_every_knob_can_be_set(capsys):
     knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 centres=own lr=0.01,0.005"
-    assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", *knobs.split()]) == 0
-    assert "tiles 2x5" in (out := capsys.readouterr().out) and "block 7 of 40" in out
+    assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", "span=2", "--set", *knobs.split()]) == 0
+    assert "tiles 2x5" in (out := capsys.readouterr().out) and "block 7 of 40, 39 pairs" in out.replace("frame ", "")
 
 
 def test_help_is_true(capsys):
@@ -355,7 +395,10 @@ def test_bad_checkpoints(folder, tmp_path, clip, capsys, change, message):
 def test_bad_requests(folder, tmp_path, capsys):
     ref = write_pictures(tmp_path / "ref", 9)
     good = ["--model", str(folder), "--ref", str(ref), "--prompt", "a cat"]
-    expect(capsys, tmp_path, ["--model", str(tmp_path / "nowhere"), *good[2:]], "nowhere does not exist")
+    expect(capsys, tmp_path, ["--model", str(tmp_path / "nowhere"), *good[2:]], "get diffusion_pytorch_model.safeten")
+    expect(capsys, tmp_path, ["--model", "Wan2.1-T2V-1.3B", *good[2:]], "no folder Wan2.1-T2V-1.3B: get diffusion_py")
+    expect(capsys, tmp_path, [*good, "--set", "frames=13"], "frames given twice, by a flag and by --set")
+    expect(capsys, tmp_path, [*good, "--set", "alpha=0.1", "--set", "tau=0"], "tau must be above 0, got 0")
     expect(capsys, tmp_path, good[:4], "a transfer needs --ref CLIP and --prompt TEXT")
     expect(capsys, tmp_path, [*good, "--set", "window=wide"], "--set window needs a value like 21, got wide")
     expect(capsys, tmp_path, [*good, "--set", "colour=red"], "--set needs NAME=VALUE with one of height, width")

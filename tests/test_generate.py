@@ -3,6 +3,7 @@
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +23,9 @@ def test_from_prompt_to_file(folder, tmp_path, capsys, sampler):
     assert run(program, [*command, "--sampler", sampler, "--device", "cpu", "--out", str(out)]) == 0
     assert read_video(out).shape == (9, 64, 96, 3)
     assert load_file(tmp_path / "clip.safetensors")["latents"].shape == (1, 16, 3, 8, 12)
+    again = ["--model", str(folder), "--decode", str(tmp_path / "clip.safetensors"), "--out", str(tmp_path / "2.webp")]
+    assert run(program, again) == 0
+    assert np.array_equal(read_video(tmp_path / "2.webp"), read_video(out))
     said = capsys.readouterr().out
     assert "8 frames of 70x96 become 9 of 64x96" in said and "wrote" in said
 
@@ -29,6 +33,16 @@ def test_from_prompt_to_file(folder, tmp_path, capsys, sampler):
 def test_errors_are_one_line(folder, tmp_path, capsys):
     assert run(program, ["--model", str(tmp_path / "none"), "--prompt", "a"]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+    (tmp_path / "there.mp4").touch()
+    for flags in (
+        ["--size", "0x0"],
+        ["--frames", "-9"],
+        ["--out", "x.gif"],
+        ["--out", str(tmp_path / "there.mp4")],
+        [],
+    ):
+        assert run(program, ["--model", str(folder), *flags, *["--prompt", "a"][: 2 * len(flags)]]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
     with pytest.raises(SystemExit) as end:
         run(program, ["--prompt", "a"])
     assert end.value.code == 2 and capsys.readouterr().err.count("\n") == 1
@@ -90,6 +104,12 @@ def test_stages_add_up():
         (ValueError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (torch.OutOfMemoryError("much. More."), 2, "error: out of memory, try --offload or a smaller clip (much)\n"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            2,
+            "error: out of memory, try --offload or "
+            "a smaller clip (DefaultCPUAllocator: can't allocate memory: you tried)\n",
+        ),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],
 )
@@ -103,6 +123,8 @@ def test_exit_codes(problem, code, words, capsys):
 def test_a_bug_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run(lambda argv: 1 / 0)
+    with pytest.raises(RuntimeError, match="size"):
+        run(lambda argv: torch.ones(2) @ torch.ones(3))
 
 
 def test_the_untrained_checkpoint_is_reproducible(tmp_path):

@@ -219,9 +219,18 @@ def test_errors_name_what_was_wanted():
     q, k = random_qk((2, 3, 4))
     with pytest.raises(ValueError, match=r"must be \(1, 48, heads, width\) for grid \(4, 3, 4\), got \(1, 24, 2, 4\)"):
         dense_amf(q, k, (4, 3, 4), [(0, 1)])
-    with pytest.raises(ValueError, match='must be "argmax" or "soft", got "mean"|got \'mean\''):
+    with pytest.raises(ValueError, match=r"got \(1, 24, 2, 4\) and \(1, 24, 1, 4\)"):
+        dense_amf(q, k[:, :, :1], (2, 3, 4), [(0, 1)])
+    for pair in ((0, 2), (-1, 0), (5, 6)):
+        with pytest.raises(ValueError, match=r"pairs must be frames in 0..1"):
+            dense_amf(q, k, (2, 3, 4), [(0, 1), pair])
+    with pytest.raises(ValueError, match=r"centres must be \(1, 1, 2\) for tiles \(3, 4\), got \(1, 4, 2\)"):
+        windowed_amf(q, k, (2, 3, 4), [(0, 1)], centres=torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match=r"tile must be at least 1x1 tokens, got \(0, 1\)"):
+        tile_centres(q, k, (2, 3, 4), [(0, 1)], tile=(0, 1))
+    with pytest.raises(ValueError, match='must be "argmax" or "soft", got \'mean\''):
         tile_centres(q, k, (2, 3, 4), [(0, 1)], kind="mean")
-    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+    with pytest.raises(ValueError, match="window must be at least 1 token, got 0"):
         windowed_amf(q, k, (2, 3, 4), [(0, 1)], window=0)
 
 
@@ -251,6 +260,7 @@ def test_memory_stays_under_the_stated_bound(monkeypatch, frames):
         results["flow"] = flow
 
     peak = peak_bytes(run)
+    # q, k, the scaled q (which is sorted into tiles), their gradients; the flow and its gradient; the windows
     inputs_and_outputs = 6 * q.nbytes + 2 * results["flow"].nbytes + results["windows"].nbytes
     assert 2**21 < peak < 4 * 2**21 + inputs_and_outputs
     assert len(pairs) * (15 * 26) ** 2 * 4 > (8 if frames == 17 else 1) * 2**21  # all at once would not fit

@@ -4,7 +4,7 @@ Module names are the original's (Wan-Video/Wan2.1, wan/modules/model.py), so its
 
 Precision. Matrix products run in the dtype of their weights. Four islands are float32 whatever that dtype is, as in the
 original: the time MLP (bfloat16 holds 8 bits, timesteps go to 1000), the modulation (a scale `1 + s` loses a small s),
-the residual stream with its gates (thirty small updates would round away), and the head.
+the residual stream with its gates (thirty small updates would round away), and the head. Norms are float32 inside.
 """
 
 import torch

@@ -1,6 +1,7 @@
 """Floating-point operations and memory of the diffusion transformer, counted from its sizes (multiply-add = 2).
 
-Agrees with torch's FlopCounterMode to the last operation (tests/test_flops.py).
+A forward agrees with torch's FlopCounterMode to the last operation; so does a gradient, but for what flash attention
+does on top of the plain formula (tests/test_flops.py).
 """
 
 from wan_mini.config import DiTConfig

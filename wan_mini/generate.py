@@ -4,23 +4,36 @@ python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over th
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from wan_mini.dit import WanDiT
-from wan_mini.load import Wan, load_wan
-from wan_mini.runtime import DTYPES, Parser, check_finite, height_width, pick_device, pick_dtype, resident, run
+from wan_mini.load import Wan, load_vae, load_wan
+from wan_mini.runtime import (
+    DTYPES,
+    Parser,
+    check_finite,
+    height_width,
+    load_tensors,
+    pick_device,
+    pick_dtype,
+    resident,
+    run,
+    save_tensors,
+)
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.tokenizer import clean_prompt
 from wan_mini.vae import WanVAE
 from wan_mini.video import from_model, valid_frames, valid_size, write_video
 
-# The original's default (wan/configs/shared_config.py): what a video should not look like.
+# The original's default (wan/configs/shared_config.py), what a video should not look like: garish colours, static,
+# overexposed, blurred, subtitles, painting, greyish, worst quality, ugly, extra fingers, badly drawn hands and faces,
+# deformed, messy background, three legs, many people in the background, walking backwards, ...
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
@@ -87,17 +100,17 @@ def generate(
 
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, device: torch.device) -> np.ndarray:
-    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8."""
+def decode(vae: WanVAE, latents: Tensor, device: torch.device, tile: int | None = None) -> np.ndarray:
+    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8; tile (pixels) bounds memory, see WanVAE."""
     with resident(vae, device):
-        return from_model(vae.decode(latents.to(device), progress=lambda steps: tqdm(steps, desc="decode")))
+        return from_model(vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode")))
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
-    p.add_argument("--prompt", required=True)
+    p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", default=NEGATIVE, help="default: the original's")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--size", type=height_width, default=(480, 832), help="HEIGHTxWIDTH in pixels (480x832)")
@@ -110,6 +123,7 @@ def parser() -> Parser:
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
     p.add_argument("--offload", action="store_true", help="keep only the stage at work on the device")
+    p.add_argument("--decode", type=Path, metavar="LATENTS", help="only decode what a run has saved before it failed")
     return p
 
 
@@ -118,9 +132,17 @@ def program(argv: list[str] | None) -> None:
     args = parser().parse_args(argv)
     device = pick_device(args.device)
     size, frames = valid_size(args.size), valid_frames(args.frames)
+    if min(size) < 16 or frames < 1 or (args.prompt is None) == (args.decode is None):
+        raise ValueError("need --prompt or --decode, --size of at least 16x16 and --frames of at least 1 (see --help)")
+    if args.out.suffix not in (".mp4", ".webp") or args.out.exists():
+        raise ValueError(f"--out must be a new .mp4 or .webp file, got {args.out}")
+    if args.decode:
+        vae = load_vae(args.model, device=device, dtype=torch.float32)
+        latents, settings = load_tensors(args.decode, ["latents"])
+        print("wrote", write_video(args.out, decode(vae, *latents, device), fps=16, metadata=settings))
+        return
     if (size, frames) != (args.size, args.frames):
         print(f"note: {args.frames} frames of {args.size[0]}x{args.size[1]} become {frames} of {size[0]}x{size[1]}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=pick_dtype(device, args.dtype))
     default_shift, default_cfg = SHIFT_AND_CFG.get(wan.name, (8.0, 6.0))
     shift = default_shift if args.shift is None else args.shift
@@ -128,20 +150,11 @@ def program(argv: list[str] | None) -> None:
     scheduler = (FlowUniPC if args.sampler == "unipc" else FlowEuler)(args.steps, shift)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "shift": shift, "cfg": cfg}
     print(f"{wan.name} on {device}: {frames} frames of {size[0]}x{size[1]},", json.dumps(settings))
-    latents = generate(
-        wan,
-        args.prompt,
-        size=size,
-        frames=frames,
-        scheduler=scheduler,
-        cfg=cfg,
-        seed=args.seed,
-        negative=args.negative,
-        device=device,
-    )
-    save_file({"latents": latents.cpu()}, args.out.with_suffix(".safetensors"))
-    metadata = {"ai_generated": True, "model": wan.name, "prompt": args.prompt, "negative": args.negative, **settings}
-    print("wrote", write_video(args.out, decode(wan.vae, latents, device), fps=16, metadata=metadata))
+    options = {"size": size, "frames": frames, "scheduler": scheduler, "cfg": cfg, "seed": args.seed}
+    latents = generate(wan, args.prompt, **options, negative=args.negative, device=device)
+    settings |= {"ai_generated": True, "model": wan.name, "prompt": args.prompt, "negative": args.negative}
+    save_tensors(args.out.with_suffix(".safetensors"), {"latents": latents}, settings)
+    print("wrote", write_video(args.out, decode(wan.vae, latents, device), fps=16, metadata=settings))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ A wrong weight rarely crashes; it makes a worse video. So loading is strict: eve
 one place, has the right shape, is finite, and no weight matrix is all zero.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import FP32_PARTS, WanDiT
 from wan_mini.layouts import CONFIGS, DTYPES, Entry, Part, find_parts, read_json, read_tensors
+from wan_mini.runtime import Parser
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -56,6 +56,8 @@ def load_wan(folder: str | Path, *, device: torch.device | str, dtype: torch.dty
     The VAE is always float32, because encoding in bfloat16 shifts trajectories. All headers are checked before any
     weight is read. Raises FileNotFoundError for a missing part, ValueError for a bad one, in one line that says which.
     """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder}: {advice('dit')}, with its other files, and give their folder")
     parts, tokenizer = find_parts(Path(folder)), load_tokenizer(folder)
     modules = {kind: blueprint(pick(parts, kind, folder)) for kind in MODULES}
     for kind, module in modules.items():
@@ -63,22 +65,21 @@ def load_wan(folder: str | Path, *, device: torch.device | str, dtype: torch.dty
     return Wan(**modules, tokenizer=tokenizer, name=NAMES.get(modules["dit"].config, "custom"))
 
 
-def outline(model: str | Path) -> tuple[str, dict[str, nn.Module]]:
-    """Name and weightless parts (on the meta device) of a checkpoint folder, or of a preset's name if there is none.
+def outline(model: str | Path | None) -> tuple[str, dict[str, nn.Module]]:
+    """Name and weightless parts (on the meta device) of a checkpoint folder; if there is none, of a preset's name.
 
-    Raises FileNotFoundError, or ValueError as load_wan.
+    None is the tiny preset. Raises FileNotFoundError, or ValueError as load_wan.
     """
-    if Path(model).exists():
+    if model is not None and Path(model).exists():
         found = find_parts(Path(model))
         parts = {kind: blueprint(pick(found, kind, model)) for kind in MODULES}
         return NAMES.get(parts["dit"].config, "custom"), parts
     presets = {name: (dit, WAN_VAE, UMT5_XXL) for dit, name in NAMES.items()} | {"tiny": (TINY, TINY_VAE, TINY_UMT5)}
-    if str(model) not in presets:
-        raise FileNotFoundError(
-            f"{model} does not exist: give a checkpoint folder (for a dry run also {few(list(presets))})"
-        )
+    name = "tiny" if model is None else str(model)
+    if name not in presets:
+        raise FileNotFoundError(f"{model} does not exist: give a checkpoint folder, {advice('dit')}")
     with torch.device("meta"):
-        return str(model), {kind: MODULES[kind](config) for kind, config in zip(MODULES, presets[str(model)])}
+        return name, {kind: MODULES[kind](config) for kind, config in zip(MODULES, presets[name])}
 
 
 def load_dit(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
@@ -284,7 +285,7 @@ def compare(a: str | Path, b: str | Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 complete or equal, 1 incomplete or different, 2 an error."""
-    parser = argparse.ArgumentParser(prog="python -m wan_mini.load", description="Look into Wan 2.1 checkpoints.")
+    parser = Parser(prog="python -m wan_mini.load", description="Look into Wan 2.1 checkpoints.")
     parser.add_argument("folder", nargs="?", type=Path, help="checkpoint folder or weight file to describe")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two DiT checkpoints to run on the same input")
     options = parser.parse_args(argv)

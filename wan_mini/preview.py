@@ -28,7 +28,8 @@ def with_arrows(frames: np.ndarray, flow: Tensor, grid: tuple[int, int, int], ev
     """Draw latent frame f's flow on each of its video frames.
 
     frames (T,H',W',3) uint8; flow (F-1,S,2) from latent frame f to f+1, (rows, columns) in tokens; one arrow in each
-    tile of `every` (rows, columns) tokens, at its middle, for the tile's mean flow. -> a copy, (T,H',W',3) uint8.
+    tile of `every` (rows, columns) tokens, at its middle, for the tile's mean flow. So an arrow is the way of 4 video
+    frames; those of the last latent frame show the flow that led to it. -> a copy, (T,H',W',3) uint8.
     """
     _, h, w = grid
     pixels = frames.shape[1] / h  # of one token

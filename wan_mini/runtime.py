@@ -48,8 +48,11 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a GPU; None for a CPU, whose memory is shared with everything else."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    """Memory of a GPU that new tensors may take; None for a CPU, which shares its memory with everything else."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but unused
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
 @contextmanager
@@ -116,22 +119,21 @@ def check_new_folder(folder: Path) -> Path:
     return folder
 
 
-def save_latents(path: Path, latents: Tensor, flows: tuple[Tensor, Tensor], settings: dict[str, Any]) -> None:
-    """All that it takes to decode later; the same run gives the same bytes."""
-    tensors = {"latents": latents, "flow_reference": flows[0], "flow_result": flows[1]}
+def save_tensors(path: Path, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    """Write what it takes to decode later, in a folder made for it; the same run gives the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, path, {"settings": json.dumps(settings)})
 
 
-def load_latents(path: Path) -> tuple[Tensor, tuple[Tensor, Tensor], dict[str, Any]]:
-    """What save_latents wrote. Raises ValueError if it did not, FileNotFoundError."""
+def load_tensors(path: Path, names: list[str]) -> tuple[list[Tensor], dict[str, Any]]:
+    """These tensors and the settings of a save_tensors file. Raises ValueError if it is none, FileNotFoundError."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: give the latents.safetensors of a run")
+        raise FileNotFoundError(f"{path} does not exist: give the .safetensors file of a run")
     try:
         with safe_open(path, framework="pt") as file:
-            latents, *flows = (file.get_tensor(name) for name in ("latents", "flow_reference", "flow_result"))
-            return latents, tuple(flows), json.loads(file.metadata()["settings"])
+            return [file.get_tensor(name) for name in names], json.loads(file.metadata()["settings"])
     except (SafetensorError, TypeError, KeyError) as problem:
-        raise ValueError(f"{path} is no run's latents.safetensors ({problem})") from None
+        raise ValueError(f"{path} holds no run's {' and '.join(names)} ({problem})") from None
 
 
 def digests(model: Path) -> dict[str, str]:
@@ -198,7 +200,9 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (ValueError, OSError, FloatingPointError) as problem:
         print("error:", " ".join(str(problem).split("\n")), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as problem:
+    except RuntimeError as problem:
+        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):
+            raise  # a bug, whose traceback is wanted
         print(f"error: out of memory, try --offload or a smaller clip ({str(problem).split('. ')[0]})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

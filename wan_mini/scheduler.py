@@ -68,7 +68,11 @@ class FlowUniPC:
         return self._advance(index, self._start, self._clean[-1:] if last else self._clean)
 
     def _advance(self, index: int, start: Tensor, clean: list[Tensor], end: Tensor | None = None) -> Tensor:
-        """One step from sigmas[index], of order len(clean); `end` is the prediction at its end, if known."""
+        """One step from sigmas[index], of order len(clean); `end` is the prediction at its end, if known.
+
+        In log-SNR time, where the step is h long, the flow is  x' = (sigma' / sigma) x + (1 - sigma') (1 - e^-h) m  for
+        a constant clean prediction m; `drift` corrects m for one that runs along a line or a parabola.
+        """
         sigma, next_sigma = self._sigma[index], self._sigma[index + 1]
         h = self._log_snr[index + 1] - self._log_snr[index]
         b = math.expm1(-h)
