@@ -265,7 +265,7 @@ def test_settings_are_the_methods_own():
 
 def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     """The whole command on a random model, of a method that copies the clip."""
-    result = fastvmt.Transfer(None, None, (None, None), {"gradients": 0})
+    result = fastvmt.Transfer(latents=None, flows=(None, None), report={"gradients": 0})
     monkeypatch.setattr(fastvmt, "transfer", lambda wan, clip, *args, **options: replace(result, frames=clip))
     flags = ["--model", str(folder), "--clips", "1", "--oracle-clips", "4", "--csv", str(tmp_path / "rows.csv")]
     evaluate.program([*flags, "--settings", "none,own"])
