@@ -101,7 +101,7 @@ class MotionConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)}")
         least = {"height": 16, "width": 16, "frames": 5, "steps": 1, "inner_steps": 1, "interval": 1, "tile": 1}
-        least |= {"window": 1, "span": 1, "guided": 0, "alpha": 0, "weights": 0, "cfg": 0}
+        least |= {"window": 1, "span": 1}  # others: 0
         for f in fields(self):
             value = getattr(self, f.name)
             numbers = [n for n in (value if isinstance(value, tuple) else (value,)) if isinstance(n, (int, float))]
@@ -117,9 +117,8 @@ class MotionConfig:
     @property
     def guided_steps(self) -> int:
         """Number of guided denoising steps."""
-        return (
-            0 if self.amf == "none" else math.ceil(round(self.guided * self.steps, 6))
-        )  # 0.2 * 15 is a little more than 3
+        share = round(self.guided * self.steps, 6)  # 0.2 * 15 is a little more than 3
+        return 0 if self.amf == "none" else math.ceil(share)
 
     def block_of(self, dit: WanDiT) -> int:
         """The block whose queries and keys are read; by default 14 of 30, and the middle one of other depths."""
@@ -274,13 +273,13 @@ class Guide:
 
 
 def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float], k: Tensor) -> dict[str, float]:
-    """How hard each weighted loss pulls at the keys, on which both act; Adam forgets all of it but the ratio."""
+    """How hard each weighted loss pulls at the keys, on which both act; to Adam only their ratio matters."""
     norms = {}
     for name, weight, loss in zip(("amf", "window"), weights, (amf, window)):
-        gradient = (
-            torch.autograd.grad(weight * loss, k, retain_graph=True)[0] if loss.requires_grad else k.new_zeros(())
-        )
-        norms[name] = gradient.norm().item()
+        norms[name] = 0.0
+        if loss.requires_grad:  # one pair has no window loss, dense flow no windows: constants
+            (gradient,) = torch.autograd.grad(weight * loss, k, retain_graph=True)
+            norms[name] = gradient.norm().item()
     return norms
 
 
