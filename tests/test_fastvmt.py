@@ -187,10 +187,7 @@ def test_bfloat16_weights_keep_the_latents_in_float32(folder, wan, clip):
     assert 0 < (rounded - exact).abs().max() < 0.1
 
 
-def test_resident_brings_a_module_home():
-    module = torch.nn.Linear(2, 2, device="meta")
-    with pytest.raises(NotImplementedError), resident(module, CPU):  # meta holds no data to move: it did try
-        pytest.fail("not reached")
+def test_a_part_goes_home_even_after_an_error():
     moves = []
     module = torch.nn.Linear(2, 2)
     module.to = moves.append
