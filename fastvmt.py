@@ -248,7 +248,8 @@ class Guide:
     ) -> Callable[[Tensor], Tensor]:
         """The loss of a latent at this timestep, against the reference at the same noise (Eq. 8)."""
         q_ref, k_ref = self.qk(noised_reference, timestep, self.null)
-        centres = self.centres_of(q_ref, k_ref) if self.config.centres == "ref" else self.centres
+        fresh = self.config.amf == "windowed" and self.config.centres == "ref"
+        centres = self.centres_of(q_ref, k_ref) if fresh else self.centres
         flow_ref, _ = self.flow(q_ref, k_ref, centres)
         norms: dict[str, float] = {}  # noted at the first gradient of the step
         self.report["key_gradient_norms"].append(norms)
@@ -351,7 +352,7 @@ def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, 
     f, h, w = (c.frames - 1) // 4 + 1, c.height // 16, c.width // 16
     tokens, block = f * h * w, c.block_of(parts["dit"])
     pairs, updates = len(frame_pairs(f, c.span)), c.guided_steps * c.inner_steps
-    gradients = c.guided_steps * -(-c.inner_steps // c.interval)
+    gradients = c.guided_steps * math.ceil(c.inner_steps / c.interval)
     plain = c.steps * (1 if c.cfg == 1 else 2) * forward_flops(dit, tokens)
     guidance = c.guided_steps * forward_flops(dit, tokens, block) + gradients * gradient_flops(dit, tokens, block)
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}

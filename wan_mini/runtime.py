@@ -136,17 +136,19 @@ def load_tensors(path: Path, names: list[str]) -> tuple[list[Tensor], dict[str, 
         raise ValueError(f"{path} holds no run's {' and '.join(names)} ({problem})") from None
 
 
+def digest(file: Path) -> str:
+    """SHA-256 of a file, read in pieces: it may be larger than the memory."""
+    sha256 = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(2**24):
+            sha256.update(piece)
+    return sha256.hexdigest()
+
+
 def digests(model: Path) -> dict[str, str]:
     """SHA-256 of each weight file of a checkpoint folder."""
-    out = {}
     files = sorted({file for part in find_parts(model).values() for file in part.files})
-    for file in tqdm(files, desc="hash", unit="file"):
-        digest = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(2**24):
-                digest.update(block)
-        out[str(file.relative_to(model))] = digest.hexdigest()
-    return out
+    return {str(file.relative_to(model)): digest(file) for file in tqdm(files, desc="hash", unit="file")}
 
 
 def versions() -> dict[str, str]:

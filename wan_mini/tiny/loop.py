@@ -1,6 +1,5 @@
 """The loop behind every stage of training: step, average, save, go on after a pause, and tell how it went."""
 
-import hashlib
 import math
 import os
 import platform
@@ -18,7 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wan_mini.runtime import pick_dtype
+from wan_mini.runtime import digest, pick_dtype
 
 SAVE_EVERY = 300  # seconds
 
@@ -167,11 +166,6 @@ def replace_file(file: Path, write: Callable) -> None:
     with part.open("wb") as stream:
         write(stream)
     part.replace(file)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def readme(folder: Path, records: dict[str, dict]) -> str:

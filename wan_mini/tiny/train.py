@@ -36,9 +36,9 @@ from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VA
 from wan_mini.dit import WanDiT
 from wan_mini.generate import SHIFT_AND_CFG, decode, generate
 from wan_mini.load import Wan, load_vae, save_wan
-from wan_mini.runtime import Parser, pick_device, run
+from wan_mini.runtime import Parser, digest, pick_device, run
 from wan_mini.scheduler import FlowEuler, shift_sigma
-from wan_mini.tiny.loop import Job, Recipe, Training, digest, readme, replace_file
+from wan_mini.tiny.loop import Job, Recipe, Training, readme, replace_file
 from wan_mini.tiny.untrained import CHARACTERS, tokenizer_json
 from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
 from wan_mini.tokenizer import MARK, Tokenizer
@@ -56,8 +56,8 @@ PHASES = (  # until this share of the steps: frames, height and width of the VAE
 )
 SHARD = 64  # clips in a file of the cache
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
-RECIPES = {
-    "vae": Recipe(steps=5000, batch=128, clips=2048, lr=2e-3, warmup=500),  # faster, it may never leave a flat grey
+RECIPES = {  # first guesses, not yet run to their end
+    "vae": Recipe(steps=5000, batch=128, clips=2048, lr=2e-3, warmup=500),
     "dit": Recipe(steps=12000, batch=64, clips=16384, lr=1e-3),
 }
 
