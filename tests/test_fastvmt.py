@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import naive
+import loops as naive
 import numpy as np
 import pytest
 import torch
@@ -97,7 +97,7 @@ def test_without_guidance_it_is_plain_generation(wan, clip):
 
 @pytest.mark.parametrize("centres", ["ref0", "ref", "own"])
 def test_the_loss_is_the_papers(wan, clip, centres):
-    """Guide's loss against the loops of tests/naive.py, from queries and keys up; value and gradient to the latents."""
+    """Guide's loss against the loops of tests/loops.py, from queries and keys up; value and gradient to the latents."""
     config = replace(SMALL, centres=centres)
     text, null = encode_prompts(wan, ["a ball", ""], CPU)
     z, noise, x = (torch.randn(1, 16, 3, 8, 12) for _ in range(3))

@@ -1,6 +1,6 @@
 """The two losses against plain loops, closed forms and hand-computed values."""
 
-import naive
+import loops as naive
 import pytest
 import torch
 

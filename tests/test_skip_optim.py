@@ -1,6 +1,6 @@
 """The gradient-reuse loop against AdamW itself, its formula, and counted gradient evaluations."""
 
-import naive
+import loops as naive
 import pytest
 import torch
 

@@ -12,7 +12,7 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from wan_mini.tokenizer import CharsMap, Tokenizer, clean_prompt
+from wan_mini.tokenizer import Tokenizer, _CharsMap, clean_prompt
 
 SENTENCES = (
     "the quick brown fox jumps over a lazy dog in morning light, running runner walks walking video of cat. "
@@ -143,7 +143,7 @@ def test_ids_equal_sentencepiece_on_plain_prompts(proto, tmp_path):
 def test_normaliser_on_every_character():
     """Every character of the basic plane but Han, Hangul and private use, where clusters begin and end."""
     charsmap = train(byte_fallback=False).normalizer_spec.precompiled_charsmap
-    truth, ours = normalizers.Precompiled(charsmap), CharsMap(charsmap)
+    truth, ours = normalizers.Precompiled(charsmap), _CharsMap(charsmap)
     for char in map(chr, [*range(0x3400), *range(0xA000, 0xAC00), *range(0xF900, 0x10000)]):
         if unicodedata.ucd_3_2_0.category(char) != "Cn":  # a set that does not grow with the version of Python
             for template in ["½{}", "e\u0301{}", "{}½\u0301", "{}\u0344\u0301", "\r{}\n"]:
@@ -284,7 +284,7 @@ def test_charsmap_by_hand():
     trie[0x42] = 1 << 31 | 0x143  # a value; without bit 31 it would be a child of the root with label "C"
     replacements = b"-" * 0x142 + b"\0ab\0"
     blob = (1024).to_bytes(4, "little") + b"".join(unit.to_bytes(4, "little") for unit in trie) + replacements
-    assert CharsMap(blob)("BACA\u0301\0") == "BabCab\0"  # "A" and its accent are one cluster, replaced whole
+    assert _CharsMap(blob)("BACA\u0301\0") == "BabCab\0"  # "A" and its accent are one cluster, replaced whole
     normaliser = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(blob).decode()}
     assert Tokenizer(spec({"▁": -1.0, "a": -1.0, "b": -1.0}, normalizer=normaliser)).encode("A") == [3, 4, 5, 1]
 

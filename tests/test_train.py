@@ -21,7 +21,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.load import load_wan
 from wan_mini.runtime import run
 from wan_mini.tiny import loop, train, world
-from wan_mini.tiny.loop import Job, Recipe, learning_rate, update_ema
+from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -30,8 +30,8 @@ VAE = VAEConfig(dim=4, num_res_blocks=1)
 DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text_dim=16, text_len=40)
 TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
 STAGES = {
-    "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, lr=1e-2, warmup=2, ema=0.8)),
-    "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, lr=3e-3, warmup=2)),
+    "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
+    "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, warmup=2)),
 }
 
 
@@ -52,9 +52,14 @@ def small_world():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"FRAMES": 17, "HEIGHT": 64, "WIDTH": 96, "KINDS": ("single", "camera")}.items():
             patch.setattr(train, name, value)
-        patch.setattr(train, "PHASES", ((0.5, 1, 32, 32, 1), (1.0, 5, 32, 32, 1 / 2)))
+        patch.setattr(train, "VAE_PHASES", ((0.5, 1, 32, 32, 1), (1.0, 5, 32, 32, 1 / 2)))
+        patch.setattr(train, "DIT_PHASES", ((0.2, 1, 2), (0.5, 3, 1), (1.0, 5, 1)))
         patch.setattr(train, "make_clip", small_clip)
-        yield lambda job, name, convert: ([convert(frames)], captions)
+
+        def cached(job, name, clips, convert, make=small_clip):
+            return [convert(frames[:, :1] if make is train.make_picture else frames)], captions
+
+        yield cached
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +85,11 @@ def test_twenty_steps_lower_the_loss_of_the_dit(whole):
 
 def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
     """On the same frames, since the crops of one step are harder than those of another."""
-    [frames], _ = small_world(None, "", lambda frames: train.to_videos(frames[:, :5], torch.device("cpu")))
+    [frames], _ = small_world(None, "", 4, lambda frames: train.to_videos(frames[:, :5], torch.device("cpu")))
     vae = WanVAE(replace(VAE, mean=(0.0,) * 16, std=(1.0,) * 16))
     losses = []
     for weights in (
-        train.seeded(0, lambda: train.as_picture_model(WanVAE(VAE))).state_dict(),
+        train.seeded(0, lambda: train.good_start(WanVAE(VAE))).state_dict(),
         state(whole, "vae")["ema"],
     ):
         vae.load_state_dict(weights)
@@ -95,9 +100,10 @@ def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
-    for file in ("vae.safetensors", "vae.json"):
-        if stage == "dit":
-            shutil.copy(whole / file, tmp_path)
+    if stage == "dit":
+        (tmp_path / "checkpoint").mkdir()
+        for file in (train.VAE_FILE, "training.json"):
+            shutil.copy(whole / "checkpoint" / file, tmp_path / "checkpoint")
     monkeypatch.setattr(train, "cached", small_world)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # about one call a step
     with pytest.raises(SystemExit, match="the same command goes on"):
@@ -108,8 +114,8 @@ def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     assert ours["losses"] == wanted["losses"]
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
-    result = {"vae": "vae.safetensors", "dit": "checkpoint/diffusion_pytorch_model.safetensors"}[stage]
-    assert (tmp_path / result).read_bytes() == (whole / result).read_bytes()
+    result = {"vae": train.VAE_FILE, "dit": "diffusion_pytorch_model.safetensors"}[stage]
+    assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / "checkpoint" / result).read_bytes()
 
 
 def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
@@ -128,7 +134,7 @@ def test_the_checkpoint_loads_and_is_the_average(whole):
 
 def test_the_latents_are_normalised(whole, small_world):
     wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
-    [frames], _ = small_world(None, "", lambda frames: frames)
+    [frames], _ = small_world(None, "", 4, lambda frames: frames)
     latents = train.encode(wan.vae, torch.device("cpu"), frames).astype(np.float32)
     assert np.abs(latents.mean((0, 2, 3, 4))).max() < 0.01
     assert np.abs(latents.std((0, 2, 3, 4)) - 1).max() < 0.01
@@ -208,17 +214,19 @@ def test_the_average_follows_its_formula():
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
-    recipe = Recipe(steps=1000, batch=1, clips=1, lr=0.5, warmup=100)
-    rates = [learning_rate(step, recipe) for step in range(1001)]
-    assert rates[0] == pytest.approx(0.005)
-    assert rates[500] == pytest.approx(0.25)
-    assert rates[1000] == pytest.approx(0, abs=1e-12)
-    assert rates[:96] == sorted(rates[:96]) and rates[100:] == sorted(rates[100:], reverse=True)
+    recipe = Recipe(steps=1000, batch=1, clips=1, warmup=100)
+    factors = [learning_rate_factor(step, recipe) for step in range(1001)]
+    assert factors[0] == pytest.approx(0.01)
+    assert factors[500] == pytest.approx(0.5)
+    assert factors[1000] == 0
+    assert factors[:90] == sorted(factors[:90]) and factors[99:] == sorted(factors[99:], reverse=True)
+    bent = replace(recipe, decay=((0, 1), (0.2, 0.4), (1, 0)))
+    assert [learning_rate_factor(step, bent) for step in (100, 200, 600)] == pytest.approx([0.7, 0.4, 0.2])
 
 
 def test_the_vae_begins_as_a_picture_model():
     """Each frame that is kept is coded as if it were alone, and comes back four times."""
-    vae, video = train.as_picture_model(WanVAE(VAE)), torch.rand(1, 3, 9, 16, 16)
+    vae, video = train.good_start(WanVAE(VAE)), torch.rand(1, 3, 9, 16, 16)
     with torch.no_grad():
         latents = vae.encode(video)
         alone = torch.cat([vae.encode(video[:, :, [t]]) for t in (0, 4, 8)], dim=2)
@@ -278,12 +286,12 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
         calls.append(len(frames))
         return frames[:, :, 0, 0]
 
-    task = Job(Recipe(steps=1, batch=1, clips=3, lr=1.0), tmp_path, tmp_path, torch.device("cpu"), deadline=0.0)
+    task = Job(Recipe(steps=1, batch=1, clips=3), tmp_path, tmp_path, torch.device("cpu"), deadline=0.0)
     with pytest.raises(SystemExit, match="paused while making corners"):
-        train.cached(task, "corners", convert)
+        train.cached(task, "corners", 3, convert)
     task = Job(task.recipe, tmp_path, tmp_path, torch.device("cpu"), deadline=math.inf)
     for _ in range(2):
-        shards, captions = train.cached(task, "corners", convert)
+        shards, captions = train.cached(task, "corners", 3, convert)
     clips = [world.make_clip(seed) for seed in range(3)]
     assert calls == [2, 1]
     assert np.array_equal(np.concatenate(shards), np.stack([clip.frames[:, 0, 0] for clip in clips]))
@@ -296,14 +304,14 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
         (["vae", "--steps", "0"], "--steps, --batch, --clips, --workers and --minutes must be positive"),
         (["vae", "--minutes", "0"], "must be positive"),
         (["vae", "--device", "abacus"], "device abacus is not available here"),
-        (["dit", "--device", "cpu"], "run the stage vae with the same --work first"),
+        (["dit", "--device", "cpu"], "run the stage vae with the same --folder first"),
         (["paint"], "invalid choice: 'paint'"),
         (["vae", "--steps", "many"], "invalid int value: 'many'"),
     ],
 )
 def test_errors_are_one_line(argv, message, tmp_path, capsys):
     try:
-        code = run(train.program, [*argv, "--work", str(tmp_path)])
+        code = run(train.program, [*argv, "--work", str(tmp_path), "--folder", str(tmp_path)])
     except SystemExit as stop:  # argparse
         code = stop.code
     error = capsys.readouterr().err

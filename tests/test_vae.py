@@ -133,8 +133,8 @@ def test_the_past_never_sees_the_future(vae):
 
 def test_an_image_is_a_clip_of_one_frame(vae):
     video, latents = random_video(1, 3, 5, 16, 16), random_latents(1, 16, 2, 2, 2)
-    assert torch.equal(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1])
-    assert torch.equal(vae.decode(latents[:, :, :1]), vae.decode(latents)[:, :, :1])
+    assert error(vae.encode(video[:, :, :1]), vae.encode(video)[:, :, :1]) < 1e-6
+    assert error(vae.decode(latents[:, :, :1]), vae.decode(latents)[:, :, :1]) < 1e-6
 
 
 @pytest.mark.parametrize(("part", "channels", "length"), [("encoder", 3, 4), ("decoder", 16, 1)])

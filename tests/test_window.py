@@ -1,6 +1,6 @@
 """Window and dense AMF against plain loops, against each other, and on motions whose flow is known exactly."""
 
-import naive
+import loops as naive
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile

@@ -152,7 +152,7 @@ def _normaliser(spec: dict | None) -> Callable[[str], str]:
             steps = [_normaliser(step) for step in specs]
             return lambda text: reduce(lambda done, step: step(done), steps, text)
         case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
-            return CharsMap(base64.b64decode(charsmap, validate=True))
+            return _CharsMap(base64.b64decode(charsmap, validate=True))
         case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
             return lambda text: text.lstrip(SPACES * left).rstrip(SPACES * right)
         case {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": str(content)}:
@@ -193,7 +193,7 @@ def _suffix(spec: dict | None) -> list[int]:
     raise _unsupported("post_processor", spec, "TemplateProcessing of the text and </s>")
 
 
-class CharsMap:
+class _CharsMap:
     """SentencePiece's compiled normaliser: replaces characters and short clusters of them.
 
     The blob is the byte size of a trie (uint32, little-endian), the trie (a double array of uint32 over UTF-8 bytes,

@@ -58,9 +58,25 @@ class CausalConv3d(Streaming, nn.Conv3d):
         return x.new_zeros(b, c, self.reach, h, w)
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
-        x = torch.cat([self.blank(x) if past is None else past, x], dim=2)  # (B,C,T,H,W) -> (B,C,reach+T,H,W)
-        past = x[:, :, -self.reach :].clone()  # a view would keep the whole chunk in memory
-        return super().forward(x), past  # (B,C,reach+T,H,W) -> (B,C',T/stride,H,W)
+        first = past is None and x.shape[2] == 1
+        whole = torch.cat([self.blank(x) if past is None else past, x], dim=2)  # (B,C,T,H,W) -> (B,C,reach+T,H,W)
+        if x.device.type != "cpu":
+            y = super().forward(whole)  # -> (B,C',T/stride,H,W)
+        elif first:  # zeros before it add nothing
+            y = self.by_pictures(x, self.weight[:, :, -1:])
+        else:
+            y = self.by_pictures(whole, self.weight)
+        return y, whole[:, :, -self.reach :].clone()  # a view would keep the whole chunk in memory
+
+    def by_pictures(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve in 2D, over frames stacked as channels: on a CPU, PyTorch's 3D convolution of one clip is slow."""
+        taps, stride = weight.shape[2], self.stride[0]
+        last = x.shape[2] - taps
+        frames = torch.cat([x[:, :, i : i + last + 1 : stride] for i in range(taps)], dim=1)  # -> (B,3*C,T/stride,H,W)
+        frames = frames.transpose(1, 2).flatten(0, 1)  # -> (B*T/stride,3*C,H,W)
+        weight = weight.transpose(1, 2).flatten(1, 2)  # (C',C,3,kh,kw) -> (C',3*C,kh,kw)
+        y = F.conv2d(frames, weight, self.bias, padding=self.padding[1:])  # -> (B*T/stride,C',H,W)
+        return y.unflatten(0, (len(x), -1)).transpose(1, 2)  # -> (B,C',T/stride,H,W)
 
 
 class RMSNorm(nn.Module):
@@ -74,8 +90,9 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))  # broadcasts over the axes behind the channels
 
     def forward(self, x: Tensor) -> Tensor:
-        gain = self.gamma.float() * len(self.gamma) ** 0.5
-        return (F.normalize(x.float(), dim=1) * gain).to(x.dtype)
+        y = x.float()
+        size = y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()  # F.normalize's, which is slow on a CPU
+        return (y / size * (self.gamma.float() * len(self.gamma) ** 0.5)).to(x.dtype)
 
 
 def per_frame(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -257,7 +274,7 @@ class WanVAE(nn.Module):
         video: (B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of 8. Returns float32 (B,16,k+1,H/8,W/8).
         Raises ValueError for any other shape or tile.
         """
-        b, t, h, w = checked("video", video, 3, tile)
+        b, t, h, w = _checked("video", video, 3, tile)
         if t % 4 != 1 or h % 8 or w % 8:
             raise ValueError(f"video needs 4k+1 frames and sides in multiples of 8, got {t} frames of {h}x{w}: crop it")
         chunks = [1] + [4] * (t // 4)
@@ -273,7 +290,7 @@ class WanVAE(nn.Module):
         latents: (B,16,F,h,w). Returns float32 (B,3,4F-3,8h,8w), about [-1,1] but not clamped.
         Raises ValueError for any other shape or tile.
         """
-        b, f, h, w = checked("latents", latents, self.config.z_dim, tile)
+        b, f, h, w = _checked("latents", latents, self.config.z_dim, tile)
         mean, std = self.statistics(latents)
         z = self.conv2((latents.float() * std + mean).to(self.conv2.weight.dtype))
         shape = (b, 3, 4 * f - 3, 8 * h, 8 * w)
@@ -284,7 +301,7 @@ class WanVAE(nn.Module):
         return torch.tensor([self.config.mean, self.config.std], device=like.device)[:, :, None, None, None]
 
 
-def checked(name: str, x: Tensor, channels: int, tile: int | None) -> tuple[int, int, int, int]:
+def _checked(name: str, x: Tensor, channels: int, tile: int | None) -> tuple[int, int, int, int]:
     """Return (batch, frames, height, width) of a valid input; raises ValueError."""
     if x.ndim != 5 or x.shape[1] != channels or 0 in x.shape:
         raise ValueError(f"{name} must be (batch, {channels}, frames, height, width), got {tuple(x.shape)}")

@@ -1,5 +1,6 @@
 """The loop behind every stage of training: step, average, save, go on after a pause, and tell how it went."""
 
+import json
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wan_mini.runtime import digest, pick_dtype
+from wan_mini.tiny.muon import Muon, split_parameters
 
 SAVE_EVERY = 300  # seconds
 
@@ -29,8 +31,10 @@ class Recipe:
     steps: int
     batch: int
     clips: int  # rendered once: seeds 0, 1, ... of the world's training split
-    lr: float
-    warmup: int = 200  # steps
+    lr: float = 0.02  # of Muon, for matrices
+    adam_lr: float = 3e-3  # for the rest: biases, gains, embeddings
+    warmup: int = 50  # steps
+    decay: tuple[tuple[float, float], ...] = ((0, 1), (1, 0))  # knots: share of the steps, factor of both rates
     ema: float = 0.999
 
 
@@ -48,10 +52,10 @@ class Job:
     command: str = ""
 
 
-def learning_rate(step: int, recipe: Recipe) -> float:
-    """Rise linearly over the warm-up, while Adam's averages are still poor; fall to 0 along half a cosine."""
-    cosine = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
-    return recipe.lr * min(1.0, (step + 1) / recipe.warmup) * cosine
+def learning_rate_factor(step: int, recipe: Recipe) -> float:
+    """Rise linearly over the warm-up, while the averages are still poor; then along the recipe's decay."""
+    decay = np.interp(step / recipe.steps, *zip(*recipe.decay))
+    return min(1.0, (step + 1) / recipe.warmup) * float(decay)
 
 
 @torch.no_grad()
@@ -68,7 +72,9 @@ class Training:
     def __init__(self, name: str, job: Job, model: nn.Module):
         self.name, self.job, self.model = name, job, model.to(job.device).train()
         self.ema = deepcopy(model).requires_grad_(False).eval()
-        self.optimiser = torch.optim.AdamW(model.parameters(), job.recipe.lr, betas=(0.9, 0.99), weight_decay=0.01)
+        matrices, rest = split_parameters(model)
+        self.muon = Muon(matrices, job.recipe.lr)
+        self.adam = torch.optim.Adam(rest, job.recipe.adam_lr, betas=(0.9, 0.99))
         self.losses, self.seconds = [], 0.0
         self.file = job.work / f"{name}.pt"
         if self.file.exists():
@@ -76,7 +82,7 @@ class Training:
 
     @property
     def parts(self) -> dict:
-        return {"model": self.model, "ema": self.ema, "optimiser": self.optimiser}
+        return {"model": self.model, "ema": self.ema, "muon": self.muon, "adam": self.adam}
 
     @property
     def settings(self) -> dict:
@@ -101,12 +107,12 @@ class Training:
     def step(self, loss: Tensor) -> None:
         """One update of the weights and of their average."""
         number = len(self.losses)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(number, self.job.recipe)
+        factor, recipe = learning_rate_factor(number, self.job.recipe), self.job.recipe
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimiser.step()
-        self.optimiser.zero_grad()
+        for optimiser, lr in ((self.muon, recipe.lr), (self.adam, recipe.adam_lr)):
+            optimiser.param_groups[0]["lr"] = factor * lr
+            optimiser.step()
+            optimiser.zero_grad()
         update_ema(self.ema, self.model, number, self.job.recipe.ema)
         self.losses.append(loss.detach())  # read later: to read it now would make the device wait
 
@@ -134,13 +140,19 @@ class Training:
                 if late and not done:
                     raise SystemExit(f"paused after step {number + 1} of {steps}: the same command goes on")
 
-    def record(self, **facts) -> dict:
-        """What the checkpoint's README says of this stage."""
+    def report(self, **facts) -> None:
+        """Write down how this stage went, in the checkpoint's training.json and README.md."""
         device = torch.get_device_module(self.job.device)
         name = getattr(device, "get_device_name", platform.machine)()
         record = {"command": self.job.command, "machine": f"{name}, {os.cpu_count()} CPU cores"}
         record |= {"minutes of training": round(self.seconds / 60, 1), **self.settings}
-        return record | {"final loss": round(float(np.mean(self.losses[-100:])), 4), **facts}
+        record |= {"final loss": round(float(np.mean(self.losses[-100:])), 4), **facts}
+        print(f"wrote {self.job.folder}:", record)
+        file = self.job.folder / "training.json"
+        records = json.loads(file.read_text("utf-8")) if file.exists() else {}
+        records[self.name] = record
+        file.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+        (self.job.folder / "README.md").write_text(readme(self.job.folder, records), encoding="utf-8")
 
 
 def draw_curve(losses: list[float], size: tuple[int, int] = (720, 360)) -> Image.Image:

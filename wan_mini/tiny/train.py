@@ -1,7 +1,7 @@
 """Train the tiny Wan from a seed to a checkpoint, with two commands:
 
-    python -m wan_mini.tiny.train vae    pictures, then short clips         -> vae.safetensors in the work folder
-    python -m wan_mini.tiny.train dit    DiT and text encoder, on latents   -> wan_mini/tiny/checkpoint/
+    python -m wan_mini.tiny.train vae    the VAE, on pictures, then on short clips
+    python -m wan_mini.tiny.train dit    DiT and text encoder, on that VAE's latents of pictures, then of clips
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
 alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
@@ -11,12 +11,10 @@ GPU adds up gradients in any order).
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, replace
@@ -38,27 +36,34 @@ from wan_mini.generate import SHIFT_AND_CFG, decode, generate
 from wan_mini.load import Wan, load_vae, save_wan
 from wan_mini.runtime import Parser, digest, pick_device, run
 from wan_mini.scheduler import FlowEuler, shift_sigma
-from wan_mini.tiny.loop import Job, Recipe, Training, readme, replace_file
-from wan_mini.tiny.untrained import CHARACTERS, tokenizer_json
-from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
-from wan_mini.tokenizer import MARK, Tokenizer
+from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
+from wan_mini.tiny.loop import Job, Recipe, Training, replace_file
+from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, Clip, make_clip
+from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
-from wan_mini.vae import CausalConv3d, WanVAE
+from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
 from wan_mini.video import from_model
 
+VAE_FILE = "Wan2.1_VAE.safetensors"  # as save_wan names it
 SHIFT, CFG = SHIFT_AND_CFG["tiny"]
 DROPOUT = 0.1  # share of captions left out, so that guidance has a model of videos without a caption
-NOISE = 0.05  # on the latents while the VAE learns, in standard deviations
-PHASES = (  # until this share of the steps: frames, height and width of the VAE's crops, crops per --batch
-    (0.4, 1, 64, 64, 1),  # a causal VAE codes its first frame alone, so pictures train that path, and fast
-    (0.8, 9, 64, 64, 1 / 4),
-    (1.0, 17, HEIGHT, WIDTH, 1 / 32),  # whole frames, because the attention in the middle looks at all positions
+NOISE = 0.03  # on the latents while the VAE learns, in standard deviations
+VAE_PHASES = (  # until this share of the steps: frames, height and width of the crops, crops per --batch
+    (0.3, 1, 64, 64, 1),  # a causal VAE codes its first frame alone, so pictures train that path, and fast
+    (0.93, 5, 64, 64, 1 / 2),
+    (1.0, 17, HEIGHT, WIDTH, 1 / 16),  # whole frames, because the attention in the middle looks at all positions
+)
+DIT_PHASES = (  # until this share of the steps: latent frames, clips per --batch
+    (0.4, 1, 8),  # what things look like is learned from pictures, at a ninth of a clip's tokens and less attention
+    (0.7, 3, 2),  # then how they begin to move: latents are causal, so a clip's first ones are those of a shorter clip
+    (1.0, 9, 1),
 )
 SHARD = 64  # clips in a file of the cache
+PICTURES = 4  # pictures per clip that the DiT is trained on
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
-RECIPES = {  # first guesses, not yet run to their end
-    "vae": Recipe(steps=5000, batch=128, clips=2048, lr=2e-3, warmup=500),
-    "dit": Recipe(steps=12000, batch=64, clips=16384, lr=1e-3),
+RECIPES = {  # clips are coarser samples than pictures, fewer to a batch: they want a quarter of the rate
+    "vae": Recipe(steps=1500, batch=16, clips=1024, decay=((0, 1), (0.3, 0.25), (1, 0))),
+    "dit": Recipe(steps=3600, batch=8, clips=1280),
 }
 
 
@@ -101,7 +106,9 @@ def flow_loss(dit: WanDiT, encoder: UMT5Encoder, clean: Tensor, noise: Tensor, s
 
 
 def vae_loss(vae: WanVAE, video: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
-    """Mean absolute error of the reconstruction of a video (B,3,T,H,W) from its latents with a little noise.
+    """Error of the reconstruction of a video (B,3,T,H,W) from its latents with a little noise: L1, and some L2.
+
+    L1 keeps edges sharp, L2 minds the few large errors, which are where things move.
 
     The noise teaches the decoder to forgive small errors such as a DiT's. Its size follows each channel's own: next to
     noise of a fixed size the young latents, still tiny, would be worth nothing, and would stay so. That also replaces
@@ -109,56 +116,55 @@ def vae_loss(vae: WanVAE, video: Tensor, noise: Callable[[Tensor], Tensor]) -> T
     """
     latents = vae.encode(video)
     size = latents.detach().std((0, 2, 3, 4), keepdim=True)  # (B,16,F,h,w) -> (1,16,1,1,1)
-    return (vae.decode(latents + NOISE * size * noise(latents)) - video).abs().mean()
+    error = vae.decode(latents + NOISE * size * noise(latents)) - video
+    return error.abs().mean() + 5 * error.square().mean()
 
 
 @torch.no_grad()
-def as_picture_model(vae: WanVAE) -> WanVAE:
-    """Begin with no look at the past: each frame is coded as a picture, and time is only thinned out and repeated.
+def good_start(vae: WanVAE) -> WanVAE:
+    """Begin as a code of single pictures, nearly linear, through which signals and gradients pass at full strength.
 
-    What pictures teach is then a good start for clips, from which the zeros learn.
+    Weights keep the signal's size (He et al., arXiv 1502.01852; PyTorch's default shrinks it threefold a layer).
+    Residual branches begin at zero, so the shortcuts alone speak at first (arXiv 1901.09321). Nothing looks at the
+    past, and time is only thinned out and repeated: what pictures teach is then a good start for clips, from which the
+    zeros learn.
     """
     for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            nn.init.orthogonal_(layer.weight)
         if isinstance(layer, CausalConv3d):
             layer.weight[:, :, :-1] = 0
             if layer.kernel_size[1] == 1:  # halves or doubles time: keep the last frame of two, or make two of one
                 copies = torch.eye(layer.in_channels).repeat(layer.out_channels // layer.in_channels, 1)
                 layer.weight[:, :, -1, 0, 0] = copies  # (C or 2C, C)
                 layer.bias.zero_()
+            else:
+                layer.weight[:, :, -1] = nn.init.orthogonal_(torch.empty(layer.weight[:, :, -1].shape))
+    for layer in vae.modules():
+        if isinstance(layer, ResidualBlock):
+            layer.residual[6].weight.zero_()
+        if isinstance(layer, AttentionBlock):
+            layer.proj.weight.zero_()
     return vae
-
-
-def grammar_tokenizer(captions: Sequence[str]) -> dict:
-    """A unigram tokenizer: the captions' words, scored by log frequency, and below them every single character."""
-    texts = (MARK + caption.replace(" ", MARK) for caption in captions)
-    counts = Counter(piece for text in texts for piece in re.findall(rf"{MARK}[a-zA-Z]+|[.,]", text))
-    total = counts.total()
-    scores = dict.fromkeys(CHARACTERS, -math.log(total) - 1)  # less than a word seen once
-    return tokenizer_json(scores | {piece: math.log(count / total) for piece, count in sorted(counts.items())})
-
-
-def casual(caption: str) -> str:
-    """A caption as one would type it: no capital, no full stop. Half of the training captions are such."""
-    return caption[0].lower() + caption[1:].rstrip(".")
-
-
-def token_table(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
-    """(N,L) ids of the texts, padded with 0 to the longest."""
-    rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
 
 
 # The data: rendered once, by many processes, into a cache of shards on disk.
 
 
-def cached(job: Job, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> tuple[list[np.ndarray], list[str]]:
-    """Render the training clips and keep what `convert` makes of their frames (n,T,H,W,3): memory-mapped shards.
+def cached(
+    job: Job,
+    name: str,
+    clips: int,
+    convert: Callable[[np.ndarray], np.ndarray],
+    make: Callable[[int], Clip] = make_clip,
+) -> tuple[list[np.ndarray], list[str]]:
+    """Render training clips and keep what `convert` makes of their frames (n,T,H,W,3): memory-mapped shards.
 
     Also returns the captions. Shards that are there are not made again. Raises SystemExit when the time is over.
     """
     folder = job.work / name
     folder.mkdir(parents=True, exist_ok=True)
-    ranges = [range(at, min(at + SHARD, job.recipe.clips)) for at in range(0, job.recipe.clips, SHARD)]
+    ranges = [range(at, min(at + SHARD, clips)) for at in range(0, clips, SHARD)]
     files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}
     missing = [seeds for seeds in ranges if not files[seeds].exists()]
     with ProcessPoolExecutor(job.workers, mp_context=get_context("spawn")) as pool:  # a GPU does not survive a fork
@@ -174,6 +180,11 @@ def cached(job: Job, name: str, convert: Callable[[np.ndarray], np.ndarray]) -> 
     return [np.load(file, mmap_mode="r") for file in files.values()], sum(texts, [])
 
 
+def make_picture(seed: int) -> Clip:
+    """One frame of some clip for training, not always its first, where motions begin."""
+    return make_clip(seed, frames=[seed % FRAMES])
+
+
 def to_videos(frames: np.ndarray, device: torch.device) -> Tensor:
     """Clips (B,T,H,W,3) uint8 -> videos (B,3,T,H,W) in [-1,1], converted on the device."""
     return torch.tensor(frames, device=device).movedim(-1, 1).float() / 127.5 - 1
@@ -187,13 +198,19 @@ def encode(vae: WanVAE, device: torch.device, frames: np.ndarray) -> np.ndarray:
 
 
 def crops(rng: Generator, shards: list[np.ndarray], progress: float, batch: int) -> np.ndarray:
-    """Random pieces (B,T,h,w,3) of random clips, as large as this share of the steps wants them."""
-    _, frames, height, width, share = next(phase for phase in PHASES if progress < phase[0])
+    """Random pieces (B,T,h,w,3) of random clips, as large as this share of the steps wants them.
+
+    Each is the one of 3 in which most changes from first to last frame: on much of a clip nothing moves.
+    """
+    _, frames, height, width, share = next(phase for phase in VAE_PHASES if progress < phase[0])
     out = []
     for _ in range(max(1, round(batch * share))):
-        shard = shards[rng.integers(len(shards))]
-        t, y, x = rng.integers((FRAMES - frames + 1, HEIGHT - height + 1, WIDTH - width + 1))
-        out.append(shard[rng.integers(len(shard)), t : t + frames, y : y + height, x : x + width])
+        some = []
+        for _ in range(3):
+            shard = shards[rng.integers(len(shards))]
+            t, y, x = rng.integers((FRAMES - frames + 1, HEIGHT - height + 1, WIDTH - width + 1))
+            some.append(shard[rng.integers(len(shard)), t : t + frames, y : y + height, x : x + width])
+        out.append(max(some, key=lambda crop: np.abs(crop[-1].astype(int) - crop[0]).sum()))
     return np.stack(out)
 
 
@@ -213,10 +230,10 @@ def halved(module: nn.Module) -> nn.Module:
 
 
 def train_vae(job: Job, config: VAEConfig = TINY_VAE) -> None:
-    """Train the VAE, measure the statistics of its latents, write vae.safetensors."""
+    """Train the VAE, measure the statistics of its latents, write it to the checkpoint folder."""
     plain = replace(config, mean=(0.0,) * config.z_dim, std=(1.0,) * config.z_dim)
-    shards, _ = cached(job, "frames", lambda frames: frames)
-    training = Training("vae", job, seeded(job.seed, lambda: as_picture_model(WanVAE(plain))))
+    shards, _ = cached(job, "frames", job.recipe.clips, lambda frames: frames)
+    training = Training("vae", job, seeded(job.seed, lambda: good_start(WanVAE(plain))))
     unseen = np.stack([make_clip(UNSEEN + i, kind, frames=range(9)).frames for i, kind in enumerate(KINDS)])
 
     def loss_of(vae: WanVAE, progress: float, rng: Generator) -> Tensor:
@@ -239,31 +256,35 @@ def train_vae(job: Job, config: VAEConfig = TINY_VAE) -> None:
     mean, std = (f(latents, axis=(0, 2, 3, 4)).tolist() for f in (np.mean, np.std))  # -> (16,) each
     vae.config = replace(config, mean=tuple(mean), std=tuple(std))
     error = np.square(reconstruct() / 255.0 - unseen / 255.0).mean()
-    record = training.record(**{"PSNR of unseen clips": f"{-10 * np.log10(error):.2f} dB"})
-    save_file(halved(vae).state_dict(), job.work / "vae.safetensors", {"config": json.dumps(asdict(vae.config))})
-    (job.work / "vae.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"{job.work / 'vae.safetensors'}:", record)
+    job.folder.mkdir(parents=True, exist_ok=True)
+    save_file(halved(vae).state_dict(), job.folder / VAE_FILE, {"config": json.dumps(asdict(vae.config))})
+    training.report(**{"PSNR of four unseen clips": f"{-10 * np.log10(error):.2f} dB"})
 
 
 def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
-    """Train DiT and text encoder together on the latents of training clips; write the checkpoint folder."""
-    if not (file := job.work / "vae.safetensors").exists():
-        raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --work first")
+    """Train DiT and text encoder together on the latents of training clips; complete the checkpoint folder."""
+    if not (file := job.folder / VAE_FILE).exists():
+        raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --folder first")
     vae = load_vae(file, device=job.device, dtype=torch.float32)
-    shards, captions = cached(job, f"latents-{digest(file)[:8]}", partial(encode, vae, job.device))
+    data, count, coder = digest(file)[:8], job.recipe.clips, partial(encode, vae, job.device)
+    pictures, picture_texts = cached(job, f"pictures-{data}", PICTURES * count, coder, make_picture)
+    clips, clip_texts = cached(job, f"latents-{data}", count, coder)
+    captions = picture_texts + clip_texts
     texts = [*captions, *map(casual, captions)]
     (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
     tokenizer = Tokenizer.from_file(job.work / "tokenizer.json")
-    ids = token_table(tokenizer, [*texts, ""])  # (2 clips + 1, L)
+    ids = token_table(tokenizer, [*texts, ""])  # (2 captions + 1, L)
     model = seeded(job.seed, lambda: nn.ModuleDict({"dit": WanDiT(config), "text": UMT5Encoder(text)}))
     training = Training("dit", job, model)
     prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
 
     def loss_of(model: nn.ModuleDict, progress: float, rng: Generator) -> Tensor:
-        picks = rng.integers(len(captions), size=job.recipe.batch)
-        clean = np.stack([shards[pick // SHARD][pick % SHARD] for pick in picks])  # (B,16,F,h,w)
+        _, frames, share = next(phase for phase in DIT_PHASES if progress < phase[0])
+        shards, first = (pictures, 0) if frames == 1 else (clips, len(picture_texts))
+        picks = rng.integers(sum(map(len, shards)), size=max(1, round(job.recipe.batch * share)))
+        clean = np.stack([shards[pick // SHARD][pick % SHARD][:, :frames] for pick in picks])  # (B,16,F,h,w)
         clean = torch.from_numpy(clean).to(job.device).float()
-        rows = ids[rng.choice([0, len(captions)], size=len(picks)) + picks]  # as written, or casual: (B,L)
+        rows = ids[rng.choice([0, len(captions)], size=len(picks)) + first + picks]  # as written, or casual: (B,L)
         rows = drop_captions(rng, rows, ids[-1])
         return flow_loss(model["dit"], model["text"], clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows)
 
@@ -277,9 +298,7 @@ def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) 
     training.run(loss_of, sheet)
     dit, text_encoder = halved(training.ema["dit"]), halved(training.ema["text"])
     save_wan(job.folder, dit, halved(vae), text_encoder, job.work / "tokenizer.json")
-    records = {"vae": json.loads((job.work / "vae.json").read_text()), "dit": training.record()}
-    (job.folder / "README.md").write_text(readme(job.folder, records), encoding="utf-8")
-    print(f"wrote {job.folder}:", records["dit"])
+    training.report()
 
 
 def parser() -> Parser:

@@ -13,33 +13,10 @@ import torch
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.load import save_wan
-from wan_mini.tiny.world import FPS, make_clip
+from wan_mini.tiny import demo
+from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
-from wan_mini.video import write_video
-
-SPECIAL = ("<pad>", "</s>", "<unk>")  # numbers 0, 1, 2 as in UMT5
-CHARACTERS = ("▁", *map(chr, range(33, 127)))  # printable ASCII; the mark is a space
-
-
-def tokenizer_json(scores: dict[str, float]) -> dict:
-    """A unigram tokenizer of these pieces and scores, in the format of the official tokenizer.json."""
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    return {
-        "version": "1.0",
-        "added_tokens": [{"id": number, "content": token, **flags} for number, token in enumerate(SPECIAL)],
-        "normalizer": None,
-        "pre_tokenizer": metaspace,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
-            "pair": [],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
-        },
-        "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*([token, -0.0] for token in SPECIAL), *scores.items()]},
-    }
 
 
 def write_untrained(
@@ -54,13 +31,11 @@ def write_untrained(
 
 
 def untrained_checkpoint() -> tuple[Path, Path]:
-    """The random model and a held-out clip of the world, made beside this file when first needed -> (folder, clip)."""
+    """The random model, made beside this file when first needed, and the bundled clip -> (folder, clip)."""
     folder = Path(__file__).parent / "untrained"
-    clip = folder / "reference.webp"
-    if not clip.exists():
+    if not (folder / "config.json").exists():
         write_untrained(folder)
-        write_video(clip, make_clip(3, kind="single", split="held-out").frames, FPS)
-    return folder, clip
+    return folder, demo.REFERENCE
 
 
 if __name__ == "__main__":

@@ -1,0 +1,69 @@
+"""What all notebooks share: source code on show, time and memory of a call, figures that read in grey, small films."""
+
+import inspect
+import io
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import Image as Shown
+from PIL import Image
+
+plt.rcParams |= {
+    "figure.dpi": 80,
+    "font.size": 10,
+    "image.cmap": "gray",
+    "image.interpolation": "nearest",
+    "axes.grid": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    # Lines differ in darkness and in dash, so that they do without colour.
+    "axes.prop_cycle": plt.cycler(color=["black", "#7a7a7a", "#1f5fa8", "#c06000"], linestyle=["-", "--", "-.", ":"]),
+}
+
+
+def source(*objects: Any) -> None:
+    """Print the code of functions or classes, as it stands in the modules."""
+    for thing in objects:
+        file = inspect.getsourcefile(thing).replace("\\", "/").split("/")
+        print(f"# {'/'.join(file[-2:] if file[-2] in ('wan_mini', 'tiny') else file[-1:])}")
+        print(inspect.getsource(thing))
+
+
+def measure(call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
+    """Median seconds of a call after a first one, and the most memory that its tensors held at once, in MB."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    changes = [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return float(np.median(seconds)), float(np.max(np.cumsum([0, *changes]))) / 1e6
+
+
+def compare(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, tuple[float, float]]:
+    """Print time and memory of several ways to the same thing, side by side, and their ratio to the first."""
+    costs = {name: measure(call, repeats) for name, call in calls.items()}
+    first, _ = next(iter(costs.values()))
+    for name, (seconds, megabytes) in costs.items():
+        print(f"{name:24} {1000 * seconds:10.2f} ms {seconds / first:8.3f} x {megabytes:9.2f} MB")
+    return costs
+
+
+def film(clips: np.ndarray | Sequence[np.ndarray], fps: float = 16, every: int = 2, colours: int = 64) -> Shown:
+    """Show clips (T,H,W,3) uint8 side by side, one frame in `every`, as an animated GIF (GitHub shows no WebP).
+
+    About 100 kB for 17 frames of 128x384; fewer colours make it smaller.
+    """
+    frames = np.concatenate([clips] if isinstance(clips, np.ndarray) else list(clips), axis=2)[::every]
+    pictures = [Image.fromarray(frame).quantize(colours, dither=Image.Dither.NONE) for frame in frames]
+    data = io.BytesIO()
+    options = {"append_images": pictures[1:], "duration": round(1000 * every / fps), "loop": 0}
+    pictures[0].save(data, "GIF", save_all=True, **options)
+    return Shown(data.getvalue(), format="gif")

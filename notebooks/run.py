@@ -1,0 +1,65 @@
+"""Run all notebooks and solutions from top to bottom, and keep their outputs:
+
+    python notebooks/run.py                 all
+    python notebooks/run.py 06 solutions/06 those whose path has one of these in it
+    python notebooks/run.py --check         run, report, change no file
+
+Stops at the first error of a notebook, goes on with the next, and exits with 1 if any had one.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+HERE = Path(__file__).resolve().parent
+LIMIT = 300  # seconds a cell
+LARGEST = 700_000  # bytes
+
+
+def execute(path: Path, check: bool) -> str:
+    """Run one notebook in a fresh kernel, in its own folder; returns what is wrong with it, or nothing."""
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(
+        notebook, timeout=LIMIT, coalesce_streams=True, resources={"metadata": {"path": str(path.parent)}}
+    )
+    try:
+        client.execute()
+    except CellExecutionError as error:
+        return str(error)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)  # times of day
+        said = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]  # progress bars, profiler's log
+        cell.update({"outputs": said} if cell.cell_type == "code" else {})
+    notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    text = nbformat.writes(notebook)
+    if str(HERE.parent) in text:
+        return "an output names a folder of this machine"
+    if len(text.encode()) > LARGEST:
+        return f"{len(text.encode())} bytes, more than {LARGEST}: smaller pictures"
+    if not check:
+        path.write_text(text + "\n", encoding="utf-8")
+    return ""
+
+
+def main(argv: list[str]) -> int:
+    """Run what the arguments choose; returns the exit code."""
+    wanted = [word for word in argv if not word.startswith("-")]
+    paths = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
+    failed = 0
+    for path in paths:
+        name = path.relative_to(HERE).as_posix()
+        if wanted and not any(word in name for word in wanted):
+            continue
+        start = time.perf_counter()
+        problem = execute(path, "--check" in argv)
+        failed += bool(problem)
+        print(f"{name:44} {time.perf_counter() - start:6.1f} s  {problem or 'ok'}", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,414 @@
+"""Every public function of the taught modules against its naive twin in a notebook, in value and in gradient.
+
+`@twin` names what a test compares; the last test finds names that none does.
+"""
+
+import ast
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import error, golden
+from naive import naive
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import losses
+import window
+from wan_mini import dit, flops, layouts, tokenizer, umt5, vae
+from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
+from wan_mini.generate import NEGATIVE, guided_velocity
+from wan_mini.scheduler import FlowEuler, FlowUniPC, shift_sigma
+from wan_mini.tiny.grammar import grammar_tokenizer, tokenizer_json
+from wan_mini.tiny.world import make_clip
+
+ROOT = Path(__file__).parent.parent
+MODULES = ("wan_mini/scheduler", "wan_mini/dit", "wan_mini/vae", "wan_mini/umt5", "wan_mini/tokenizer", "losses")
+COMPARED: set[str] = set()
+
+
+def twin(*names: str) -> Callable:
+    """Say which public names ("dit.apply_rope") a test compares with their loops."""
+    COMPARED.update(names)
+    return lambda test: test
+
+
+def same(loops: Tensor, module: Tensor, inputs: tuple | list = (), limit: float = 1e-4) -> None:
+    """Assert equal values, and equal gradients of a random projection with respect to the inputs."""
+    probe, pairs = torch.randn_like(module), [(loops, module)]
+    if inputs:
+        pairs += zip(*(torch.autograd.grad((x * probe).sum(), inputs, retain_graph=True) for x in (loops, module)))
+    for ours, wanted in pairs:
+        assert ours.shape == wanted.shape
+        assert (ours - wanted).abs().max() <= limit * wanted.abs().max().clamp(min=1e-3)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, requires_grad=True)
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name; gains and biases are drawn at random, or a mistake in them would not show."""
+    named = dict(module.named_parameters())
+    for name, parameter in named.items():
+        if parameter.ndim == 1 or "gamma" in name or "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 2)
+    return named
+
+
+# 01: scheduler.py
+
+
+@pytest.fixture(scope="module")
+def flow():
+    return naive("01_flow_matching")
+
+
+@twin("scheduler.shift_sigma")
+@pytest.mark.parametrize("shift", [0.3, 1.0, 7.0])
+def test_shift(flow, shift):
+    u = torch.linspace(0, 0.99, 34, dtype=torch.float64, requires_grad=True)
+    same(torch.stack([flow.naive_shift(v, shift) for v in u]), shift_sigma(u, shift), [u])
+
+
+@twin("scheduler.FlowEuler")
+@pytest.mark.parametrize("schedule", [(4, 3.0, 1.0), (50, 7.0, 0.75), (1, 5.0, 0.5)])
+def test_euler(flow, schedule):
+    sampler, (x, v) = FlowEuler(*schedule), (leaf(1, 4, 3, 2, 2), leaf(1, 4, 3, 2, 2))
+    levels = flow.naive_levels(*schedule)
+    same(torch.tensor(levels), sampler.sigmas)
+    for index, pair in enumerate(zip(levels, levels[1:])):
+        same(flow.naive_euler_step(x, v, *pair), sampler.step(index, x, v), [x, v])
+
+
+@twin("scheduler.FlowUniPC")
+@pytest.mark.parametrize("schedule", [(1, 1.0), (2, 3.0), (10, 5.0), (25, 1.0)])
+def test_unipc(flow, schedule):
+    sampler, (levels, times) = FlowUniPC(*schedule), flow.naive_unipc_levels(*schedule)
+    same(torch.tensor(levels), sampler.sigmas)
+    assert sampler.timesteps.tolist() == times
+
+    def velocity(index: int, x: Tensor) -> Tensor:
+        return torch.tanh(x.flip(1)) * (0.5 + levels[index])
+
+    start = leaf(6, 2, dtype=torch.float64)
+    path = [start.float()]
+    for index in range(schedule[0]):
+        path.append(sampler.step(index, path[-1], velocity(index, path[-1])))
+    loops = flow.naive_unipc(start, velocity, levels)
+    assert all(error(a, b.float()) < 1e-5 for a, b in zip(path, loops, strict=True))
+    same(loops[-1].float(), path[-1], [start], limit=1e-3)
+
+
+@pytest.mark.parametrize("schedule", [(10, 5.0), (7, 3.0)])
+def test_unipc_loops_equal_the_official_sampler(flow, schedule):
+    data = {key.split("/")[1]: x for key, x in golden("unipc").items() if key.startswith(f"unipc_{schedule[0]}_")}
+    levels, times = flow.naive_unipc_levels(*schedule)
+
+    def velocity(index: int, x: Tensor) -> Tensor:
+        return torch.einsum("ij,bjfhw->bifhw", data["A"].double(), torch.tanh(x)) * (0.5 + times[index] / 1000)
+
+    path = flow.naive_unipc(data["trajectory"][0].double(), velocity, levels)
+    assert all(error(a.float(), b) < 1e-5 for a, b in zip(path, data["trajectory"]))
+
+
+@pytest.mark.parametrize("cfg", [0.0, 1.0, 5.8])
+def test_classifier_free_guidance(flow, cfg):
+    def model(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return torch.tanh(x * text) + timestep / 1000
+
+    x, inputs = leaf(3, 4), (torch.tensor(800.0), *torch.randn(2, 4), cfg)
+    same(flow.naive_guided(model, x, *inputs), guided_velocity(model, x, *inputs), [x])
+
+
+# 02: dit.py
+
+
+class Case:
+    """A small DiT, its weights, and inputs; the loops know no batch."""
+
+    def __init__(self):
+        self.loops = naive("02_wan_dit")
+        self.config = DiTConfig(dim=48, ffn_dim=64, num_heads=3, num_layers=2, freq_dim=32, text_dim=10, text_len=6)
+        self.model = dit.WanDiT(self.config)
+        self.w, self.grid = weights(self.model), (2, 2, 3)
+        self.block = self.model.blocks[1]
+        self.angles = self.loops.rope_table(self.grid, 16)
+        self.rope = dit.rope_table(self.grid, 16, torch.device("cpu"))
+        self.latents, self.text = leaf(1, 16, 2, 4, 6), leaf(1, 4, 10)
+        self.x, self.context = leaf(1, 12, 48), leaf(1, 6, 48)
+        self.t = torch.tensor([637.0])
+        self.e, self.time = self.loops.time_vectors(637.0, self.w, 32)
+
+    def of(self, layer: str) -> list[Tensor]:
+        return [parameter for name, parameter in self.w.items() if name.startswith(layer)]
+
+
+@pytest.fixture
+def case() -> Case:
+    return Case()
+
+
+@twin("dit.timestep_embedding")
+def test_time(case):
+    embedded = dit.timestep_embedding(case.t, 32)
+    same(case.loops.timestep_embedding(637.0, 32), embedded[0])
+    whole = case.model.time_embedding(embedded)
+    same(case.e, whole[0], case.of("time_embedding"))
+    same(case.time, case.model.time_projection(whole)[0].unflatten(0, (6, -1)), case.of("time_"))
+
+
+@twin("dit.rope_table", "dit.apply_rope")
+def test_rope(case):
+    same(case.angles.cos().float(), case.rope[0][:, 0])
+    same(case.angles.sin().float(), case.rope[1][:, 0])
+    q = leaf(1, 12, 3, 16)
+    same(case.loops.apply_rope(q[0], case.angles), dit.apply_rope(q, case.rope)[0], [q])
+
+
+@twin("dit.attention", "dit.Attention")
+def test_attention(case):
+    q, k, v = leaf(1, 12, 3, 16), leaf(1, 5, 3, 16), leaf(1, 5, 3, 16)
+    same(case.loops.attention(q[0], k[0], v[0]), dit.attention(q, k, v)[0], [q, k, v])
+    for loops, module in zip(
+        case.loops.queries_keys(case.x[0], case.x[0], case.w, "blocks.1.self_attn", 3, case.angles),
+        case.block.self_attn.qk(case.x, case.x, case.rope),
+    ):
+        same(loops, module[0], [case.x])
+    loops = case.loops.attention_layer(case.x[0], case.x[0], case.w, "blocks.1.self_attn", 3, case.angles)
+    same(loops, case.block.self_attn(case.x, rope=case.rope)[0], [case.x, *case.of("blocks.1.self_attn")])
+    loops = case.loops.attention_layer(case.x[0], case.context[0], case.w, "blocks.1.cross_attn", 3)
+    module = case.block.cross_attn(case.x, case.context)[0]
+    same(loops, module, [case.x, case.context, *case.of("blocks.1.cross_attn")])
+
+
+@twin("dit.RMSNorm", "dit.LayerNorm")
+@pytest.mark.parametrize("size", [1.0, 1e-3])  # at the small one, the norms' eps of 1e-6 matters
+def test_norms(case, size):
+    x, gain = case.x * size, case.w["blocks.1.self_attn.norm_q.weight"]
+    same(case.loops.rms_norm(x[0], gain), case.block.self_attn.norm_q(x)[0], [case.x, gain])
+    same(case.loops.layer_norm(x[0]), case.block.norm1(x)[0], [case.x])
+    affine = case.w["blocks.1.norm3.weight"], case.w["blocks.1.norm3.bias"]
+    same(case.loops.layer_norm(x[0], *affine), case.block.norm3(x)[0], [case.x, *affine])
+
+
+@twin("dit.Block", "dit.Head")
+def test_block_and_head(case):
+    time, e = case.time.detach(), case.e.detach()
+    loops = case.loops.block(case.x[0], time, case.context[0], case.angles, case.w, "blocks.1", 3)
+    module = case.block(case.x, time[None], case.context, case.rope)[0]
+    same(loops, module, [case.x, case.context, *case.of("blocks.1.")])
+    same(case.loops.head(case.x[0], e, case.w), case.model.head(case.x, e[None])[0], [case.x, *case.of("head.")])
+
+
+@twin("dit.WanDiT")
+def test_dit(case):
+    patch = case.w["patch_embedding.weight"], case.w["patch_embedding.bias"]
+    tokens = case.model.patch_embedding(case.latents).flatten(2).transpose(1, 2)[0]
+    same(case.loops.patchify(case.latents[0], *patch), tokens, [case.latents, *patch])
+    patches = leaf(1, 12, 64)
+    same(case.loops.unpatchify(patches[0], case.grid), case.model.unpatchify(patches, case.grid)[0], [patches])
+    same(case.loops.embed_text(case.text[0], case.w, 6), case.model.embed_text(case.text)[0], [case.text])
+    inputs = case.latents[0], 637.0, case.text[0], case.w, case.config
+    velocity = case.model(case.latents, case.t, case.text)[0]
+    same(case.loops.wan_dit(*inputs), velocity, [case.latents, case.text, *case.w.values()])
+    for block in (0, 1):
+        module = case.model(case.latents, case.t, case.text, qk_block=block)
+        for ours, wanted in zip(case.loops.wan_dit(*inputs, block), module):
+            same(ours, wanted[0], [case.latents])
+
+
+def test_counts(case):
+    for config in (case.config, T2V_1_3B, T2V_14B):
+        assert sum(case.loops.count_parameters(config).values()) == flops.parameters(config)
+        for block in (None, 0, 1):
+            assert sum(case.loops.count_flops(config, 12, block).values()) == flops.forward_flops(config, 12, block)
+
+
+# 03: vae.py
+
+
+@pytest.fixture(scope="module")
+def video():
+    return naive("03_causal_vae")
+
+
+@twin("vae.Streaming", "vae.CausalConv3d")
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
+def test_causal_convolution(video, kernel, stride):
+    conv, x, before = vae.CausalConv3d(3, 4, kernel, stride), leaf(2, 3, 6, 4, 5), leaf(2, 3, 3 - stride, 4, 5)
+    for past in (None, before):
+        y, after = conv(x, past)
+        loops, after_loops = video.causal_conv(x, conv.weight, conv.bias, past, stride)
+        assert torch.equal(after, after_loops)
+        same(loops, y, [x, *conv.parameters(), *([] if past is None else [past])])
+
+
+@twin("vae.RMSNorm")
+@pytest.mark.parametrize(("axes", "shape"), [(3, (2, 4, 3, 2, 3)), (2, (2, 4, 3, 5))])
+def test_vae_norm(video, axes, shape):
+    norm, x = vae.RMSNorm(4, axes), leaf(*shape)
+    nn.init.normal_(norm.gamma)
+    same(video.rms_norm(x, norm.gamma), norm(x), [x, norm.gamma])
+
+
+@twin("vae.Stack", "vae.ResidualBlock")
+@pytest.mark.parametrize("width", [4, 6])
+def test_residual_block(video, width):
+    block, x = vae.ResidualBlock(4, width), leaf(1, 4, 5, 3, 4)
+    w = weights(block)
+    loops = video.in_chunks(lambda x, past: video.residual_block(x, w, past), x, [1, 4])
+    same(loops, video.in_chunks(block, x, [1, 4]), [x, *w.values()])
+
+
+@twin("vae.AttentionBlock", "vae.per_frame")
+def test_attention_within_frames(video):
+    layer, x = vae.AttentionBlock(4), leaf(2, 4, 3, 2, 3)
+    w = weights(layer)
+    same(video.attention_block(x, w), layer(x), [x, *w.values()])
+    same(video.each_frame(layer.attend, x), vae.per_frame(layer.attend, x), [x])
+
+
+@twin("vae.Downsample", "vae.Upsample")
+@pytest.mark.parametrize("temporal", [True, False])
+def test_resampling(video, temporal):
+    for layer, loops in ((vae.Downsample(4, temporal), video.downsample), (vae.Upsample(4, temporal), video.upsample)):
+        x, w = leaf(2, 4, 9, 4, 6), weights(layer)
+        ours = video.in_chunks(lambda x, past, loops=loops, w=w: loops(x, w, past), x, [1, 4, 4])
+        same(ours, video.in_chunks(layer, x, [1, 4, 4]), [x, *w.values()])
+
+
+@twin("vae.encoder", "vae.decoder", "vae.WanVAE")
+def test_vae(video):
+    model = vae.WanVAE(VAEConfig(dim=4, num_res_blocks=1))
+    w, statistics = weights(model), (torch.tensor(model.config.mean), torch.tensor(model.config.std))
+    for method, loops, x, parts in (
+        (model.encode, video.encode, leaf(1, 3, 9, 8, 16), ("encoder.", "conv1.")),
+        (model.decode, video.decode, leaf(1, 16, 3, 1, 2), ("decoder.", "conv2.")),
+    ):
+        same(loops(x, w, *statistics), method(x), [x, *(p for name, p in w.items() if name.startswith(parts))])
+
+
+@twin("vae.stream", "vae.cut")
+def test_chunks_and_tiles(video):
+    conv, x = vae.CausalConv3d(2, 3), leaf(1, 2, 9, 4, 6)
+    same(video.in_chunks(conv, x, [1, 4, 4]), vae.stream(conv, x, [9], (1, 3, 9, 4, 6), None, None), [x])
+    decoder, z, shape = vae.decoder(VAEConfig(dim=4, num_res_blocks=1)), leaf(1, 16, 2, 4, 7), (1, 3, 5, 32, 56)
+    tiled = vae.stream(decoder, z, [1, 1], shape, 32, None)
+    same(video.in_tiles(decoder, z, [1, 1], shape, 32), tiled, [z])
+    for source, target, tile in ((160, 160, 64), (20, 160, 64), (160, 20, 64), (8, 64, 32), (40, 40, 64)):
+        starts, tile_weights = video.tile_weights(source, target, min(tile, max(source, target)))
+        pieces = vae.cut(source, target, tile)
+        assert len(pieces) == len(starts)
+        for row, (_, place, weight) in zip(tile_weights, pieces):
+            torch.testing.assert_close(row[place], weight)
+            assert row.count_nonzero() == len(weight)
+
+
+# 04: umt5.py and tokenizer.py
+
+
+@pytest.fixture(scope="module")
+def words():
+    return naive("04_text")
+
+
+@twin("tokenizer.clean_prompt")
+def test_cleaning(words):
+    messy = ["", "  “A  fox”\n runs ", "ｗｉｄｅ　ｔｅｘｔ，ﬁne", "salt &amp;amp; pepper", "<b> &lt;i&gt;", NEGATIVE]
+    for text in [*messy, "cafe\u0301 \x93x\x94 10² \x07", "\u3000全角，", "‘’‚ʼ a\x7fb\ufeff"]:
+        assert words.clean_prompt(text) == tokenizer.clean_prompt(text)
+
+
+@twin("tokenizer.Tokenizer")
+def test_tokenizer(words):
+    captions = [make_clip(seed, frames=[]).caption for seed in range(100)]
+    ours = tokenizer.Tokenizer(grammar_tokenizer(captions))
+    for text in (*captions[:20], "", " ", "A crimson star ☀☀, far  away", "a ☀ ☀☀"):
+        ids = ours.encode(text)
+        assert ids == words.encode(text, ours.scores)
+        assert ours.decode(ids) == words.decode(ids, ours.scores)
+    small = tokenizer.Tokenizer(
+        tokenizer_json({"a": -3.1, "b": -4.2, "ab": -5.3, "aba": -7.7, "ba": -6.4, "bab": -9.9})
+    )
+    for word in ("abab", "babab", "abcba", "aabbab"):
+        assert small._best_cut(word) == words.best_cut(word, small.scores) == words.best_by_trying(word, small.scores)
+
+
+@twin("umt5.T5Norm", "umt5.RelativePosition", "umt5.Attention", "umt5.FeedForward", "umt5.Block", "umt5.UMT5Encoder")
+def test_text_encoder(words):
+    model = umt5.UMT5Encoder(UMT5Config(vocab=50, dim=32, dim_attn=24, dim_ffn=48, num_heads=2, num_layers=2))
+    w, block, x = weights(model), model.blocks[0], leaf(1, 7, 32)
+    position = block.pos_embedding
+    table = position.embedding.weight
+    distances = torch.arange(-700, 701)
+    assert position.bucket(distances).tolist() == [words.bucket(distance) for distance in distances.tolist()]
+    same(words.position_bias(20, table), position(20)[0], [table])
+    mask = torch.tensor([1, 1, 1, 1, 1, 0, 0])
+    hidden = torch.finfo(torch.float32).min * (1.0 - mask)
+    same(words.norm(x[0], w["norm.weight"]), model.norm(x)[0], [x, w["norm.weight"]])
+    feed = [p for name, p in w.items() if name.startswith("blocks.0.ffn")]
+    same(words.feed_forward(x[0], w, "blocks.0.ffn"), block.ffn(x)[0], [x, *feed])
+    same(words.attention(x[0], position(7)[0], mask, w, "blocks.0.attn"), block.attn(x, position(7) + hidden)[0], [x])
+    mine = [p for name, p in w.items() if name.startswith("blocks.0.")]
+    same(words.block(x[0], mask, w, "blocks.0"), block(x, hidden)[0], [x, *mine])
+    ids = torch.randint(50, (1, 7))
+    same(words.encode_text(ids[0], mask, w, 2), model(ids, mask[None])[0], [*w.values()])
+
+
+# 05: layouts.py
+
+
+def test_names_and_headers(tmp_path):
+    loops = naive("05_official_weights")
+    tables = {"wan2.1_t2v_1.3b.dit": loops.dit_names(30), "wan2.1_t2v_14b.dit": loops.dit_names(40)}
+    tables |= {"wan2.1.vae": loops.vae_names(2), "umt5_xxl.encoder": loops.text_names(24)}
+    for part, table in tables.items():
+        for naming in ("official", "diffusers"):
+            keys = json.loads((ROOT / f"tests/data/manifests/{part}.{naming}.json").read_text())["tensors"]
+            layout = layouts.detect(keys)
+            assert loops.guess(keys) == (layout.part, layout.naming)
+            if naming == "diffusers":
+                assert layouts.rename(layout, keys) == {key: table[key] for key in keys}
+    save_file({"a": torch.ones(2, 3), "b": torch.ones(2).bfloat16()}, tmp_path / "x.safetensors", {"config": "{}"})
+    ours = {entry.key: (entry.shape, entry.dtype) for entry in layouts.read_header(tmp_path / "x.safetensors")[0]}
+    loops = {
+        key: (shape, layouts.DTYPES[dtype]) for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
+    }
+    assert ours == loops
+
+
+# 08: losses.py
+
+
+@twin("losses.amf_loss", "losses.window_loss", "losses.total_loss")
+@pytest.mark.parametrize(("frames", "span"), [(5, 4), (4, 2), (3, 1), (3, 4), (2, 4)])
+def test_losses(frames, span):
+    loops, pairs, grid = naive("08_losses"), window.frame_pairs(frames, span), (frames, 5, 7)
+    q, k = (leaf(1, frames * 35, 2, 4, dtype=torch.float64) for _ in range(2))
+    flow, windows = window.windowed_amf(q, k, grid, pairs, window=3)
+    reference, still = torch.randn_like(flow), 0 * (q.sum() + k.sum())  # where a loss is a constant: gradient 0
+
+    def flow_loss(by: Any) -> Tensor:
+        return still + by.amf_loss(reference, flow, pairs, span, 0.5)
+
+    def tracking_loss(by: Any) -> Tensor:
+        return still + by.window_loss(k, grid, pairs, windows)
+
+    same(flow_loss(loops), flow_loss(losses), [q, k], limit=1e-9)
+    same(tracking_loss(loops), tracking_loss(losses), [k], limit=1e-9)
+    parts = flow_loss(losses), tracking_loss(losses)
+    same(loops.total_loss(*parts, (1.0, 10.0)), losses.total_loss(*parts, (1.0, 10.0)), [q, k], limit=1e-9)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_a_twin(module):
+    tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+    public = {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    name = module.split("/")[-1]
+    assert {f"{name}.{one}" for one in public if not one.startswith("_")} == {
+        c for c in COMPARED if c.split(".")[0] == name
+    }
