@@ -24,7 +24,7 @@ def test_the_hashes_are_those_of_the_files():
 
 
 def test_the_vae_restores_held_out_clips():
-    """One clip of each kind, 17 frames: far above the 20 dB of a blur."""
+    """One clip of each kind, 17 frames; a limit a little below what the worst of them gave."""
     vae = load_vae(demo.CHECKPOINT, device="cpu", dtype=torch.float32)
     for seed, kind in enumerate(KINDS):
         clip = make_clip(seed, kind, "held-out", range(17)).frames
