@@ -52,12 +52,11 @@ from wan_mini.runtime import (
     versions,
 )
 from wan_mini.scheduler import FlowEuler
-from wan_mini.tiny.untrained import untrained_checkpoint
+from wan_mini.tiny import demo
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
 from window import CHUNK_BYTES, dense_amf, frame_pairs, tile_centres, windowed_amf
 
 FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents
-TINY_PROMPT = "A yellow star against the night sky."
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,20 @@ class MotionConfig:
         return block
 
 
-# For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, faster updates. To be tuned once trained.
+# For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, faster updates, a late block.
+# To be tuned once the model is trained enough.
 TINY_MOTION = MotionConfig(
-    height=128, width=192, frames=33, steps=25, shift=3.0, cfg=3.0, guided=0.4, lr=(0.015, 0.010), tau=3.0, window=5
+    height=128,
+    width=192,
+    frames=33,
+    steps=25,
+    shift=3.0,
+    cfg=3.0,
+    guided=0.4,
+    lr=(0.015, 0.010),
+    block=4,
+    tau=3.0,
+    window=5,
 )
 
 
@@ -301,13 +311,13 @@ def parser() -> Parser:
         prog="fastvmt.py", description="Generate a video that shows a prompt with the motion of a reference clip."
     )
     model = p.add_argument_group("model")
-    model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (a tiny untrained model)")
+    model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (bfloat16 where native)")
     model.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
     clip = p.add_argument_group("clip and prompt")
-    clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a synthetic clip)")
-    clip.add_argument("--prompt", help=f'what the new video shows ("{TINY_PROMPT}")')
+    clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
+    clip.add_argument("--prompt", help=f'what the new video shows ("{demo.wanted_scene().caption}")')
     clip.add_argument("--negative", default=NEGATIVE, help="what it should not look like (Wan's default)")
     clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps:g} a second ({c.frames}, tiny {t.frames})")
     size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
@@ -324,6 +334,7 @@ def parser() -> Parser:
     output = p.add_argument_group("output")
     output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
+    output.add_argument("--unguided", action="store_true", help="show the same seed without guidance too")
     output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
     return p
@@ -377,14 +388,13 @@ def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, 
         )
 
 
-def write_result(folder: Path, frames: np.ndarray, clip: np.ndarray, flows: Any, settings: dict, png: bool) -> None:
-    """The clip, and the preview: reference beside result, each with arrows of its flow. All say how they were made."""
+def write_result(folder: Path, panels: dict[str, tuple[np.ndarray, Tensor]], settings: dict, png: bool) -> None:
+    """The result, and the preview: all panels (frames, flow) with arrows of their flow. All say how they were made."""
     names = {name: Path(settings[name]).name for name in ("model", "ref")}  # folders are nobody's business
     label = {"ai_generated": True, **settings, **names}
-    config = settings["config"]
-    grid = (len(flows[0]) + 1, clip.shape[1] // 16, clip.shape[2] // 16)
-    panels = zip(("reference", "result"), (clip, frames), flows)
-    preview = side_by_side({name: with_arrows(panel, flow, grid, config["tile"]) for name, panel, flow in panels})
+    config, (frames, flow) = settings["config"], panels["result"]
+    grid = (len(flow) + 1, frames.shape[1] // 16, frames.shape[2] // 16)
+    preview = side_by_side({name: with_arrows(*panel, grid, config["tile"]) for name, panel in panels.items()})
     files = [write_video(folder / "result.mp4", frames, config["fps"], label)]
     files.append(write_video(folder / "preview.webp", preview, config["fps"], label))
     for number, frame in enumerate(frames if png else []):
@@ -403,7 +413,8 @@ def finish(latents: Path, device: torch.device, png: bool) -> None:
     if sha256(clip.tobytes()).hexdigest() != settings["ref_sha256"]:
         raise ValueError(f"{settings['ref']} has changed since the run: put the old clip back")
     vae = load_vae(settings["model"], device=device, dtype=torch.float32)
-    write_result(latents.parent, decode(vae, x, device, config["vae_tile"]), clip, flows, settings, png)
+    frames = decode(vae, x, device, config["vae_tile"])
+    write_result(latents.parent, {"reference": (clip, flows[0]), "result": (frames, flows[1])}, settings, png)
 
 
 def program(argv: list[str] | None) -> None:
@@ -421,10 +432,8 @@ def program(argv: list[str] | None) -> None:
         dry_run(name, parts, config, dtype)
         return
     if args.model is None:
-        print("note: no --model, so a tiny untrained one: its video is noise and its arrows mean nothing,")
-        print("      only the pipeline is the real one")
-        args.model, reference = untrained_checkpoint()
-        args.ref, args.prompt = args.ref or reference, TINY_PROMPT if args.prompt is None else args.prompt
+        args.model, args.ref, args.unguided = demo.CHECKPOINT, args.ref or demo.REFERENCE, True
+        args.prompt = demo.wanted_scene().caption if args.prompt is None else args.prompt
     if args.ref is None or args.prompt is None:
         raise ValueError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not args.prompt.strip():
@@ -453,12 +462,19 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         record = json.dumps({**settings, **result.report, **facts}, indent=2, ensure_ascii=False)
         (folder / "run.json").write_text(record + "\n", encoding="utf-8")
 
-    options = {"seed": args.seed, "negative": args.negative, "device": device, "on_latents": save}
-    result = transfer(wan, clip, args.prompt, config, **options)
+    options = {"seed": args.seed, "negative": args.negative, "device": device}
+    result = transfer(wan, clip, args.prompt, config, **options, on_latents=save)
     save(result)  # again, with the costs of decoding
-    write_result(folder, result.frames, clip, result.flows, settings, args.png)
+    panels = {"reference": (clip, result.flows[0]), "result": (result.frames, result.flows[1])}
+    if args.unguided:
+        plain = transfer(wan, clip, args.prompt, replace(config, amf="none"), **options)
+        panels["without guidance"] = plain.frames, plain.flows[1]
+    write_result(folder, panels, settings, args.png)
     for stage, cost in result.report["stages"].items():
         print(f"{stage:8} {cost['seconds']:8.1f} s  peak {cost['peak_gb']} GB")
+    if demo.is_default(clip, args.prompt):
+        for name in list(panels)[1:]:
+            print(f"{name}: {demo.verdict(panels[name][0])}")
 
 
 def main(argv: list[str] | None = None) -> int:

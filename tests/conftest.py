@@ -1,5 +1,6 @@
 """What several tests share: golden files, a small random checkpoint, a seed."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from safetensors import safe_open
 
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
-from wan_mini.load import Wan, load_wan
-from wan_mini.tiny.untrained import write_untrained
+from wan_mini.dit import WanDiT
+from wan_mini.load import Wan, load_wan, save_wan
+from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
+from wan_mini.umt5 import UMT5Encoder
+from wan_mini.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
 
@@ -36,7 +40,12 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("checkpoint")
     dit = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=6, freq_dim=32, text_dim=16, text_len=64)
     text = UMT5Config(vocab=100, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=2)
-    write_untrained(path, dit, VAEConfig(dim=4, num_res_blocks=1), text)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        modules = WanDiT(dit), WanVAE(VAEConfig(dim=4, num_res_blocks=1)), UMT5Encoder(text)
+    tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    tokenizer.write_text(json.dumps(tokenizer_json(dict.fromkeys(CHARACTERS, -1.0))), encoding="utf-8")
+    save_wan(path, *modules, tokenizer)
     return path
 
 

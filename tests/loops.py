@@ -7,6 +7,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from naive import naive
+
+_losses = naive("08_losses")  # written once, in the notebook
+amf_loss, window_loss = _losses.amf_loss, _losses.window_loss
 
 
 def logits(q, k, u, s):
@@ -86,30 +90,6 @@ def windowed_amf(q, k, grid, pairs, tau, tile, window, centres):
                 flow[u] = softmax_flow(q, k, grid, i, j, u, keys, tau)
         flows.append(torch.stack(flow))
     return torch.stack(flows), torch.stack(windows).reshape(len(pairs), -1, len(windows[0]))
-
-
-def amf_loss(flow_ref, flow_gen, pairs, span, alpha):
-    total = 0.0
-    for n, (i, j) in enumerate(pairs):
-        weight = 1.0 if span == 1 else 1 - alpha * (j - i - 1) / (span - 1)
-        for u in range(flow_gen.shape[1]):
-            total = total + weight * ((flow_ref[n, u] - flow_gen[n, u]) ** 2).sum()
-    return total / len(pairs)
-
-
-def window_loss(k, grid, pairs, windows):
-    frames, size, heads = grid[0], grid[1] * grid[2], k.shape[2]
-    total = torch.zeros((), dtype=k.dtype)
-    for i in range(frames):
-        targets = sorted(j for a, j in pairs if a == i)
-        for p in range(windows.shape[1]):
-            means = [
-                sum(k[0, j * size + s] for s in windows[pairs.index((i, j)), p].tolist()) / windows.shape[2]
-                for j in targets
-            ]
-            for before, after in zip(means, means[1:]):
-                total = total + ((after - before) ** 2).sum() / heads / (len(targets) - 1) / windows.shape[1]
-    return total / frames
 
 
 def optimise(x, gradient, steps, interval, lr):

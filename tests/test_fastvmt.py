@@ -1,4 +1,4 @@
-"""The whole program on the untrained tiny model: the method step by step, files in and out, and every bad input."""
+"""The whole program on a random tiny model: the method step by step, files in and out, and every bad input."""
 
 import json
 import shutil
@@ -266,8 +266,8 @@ def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(FLAGS) == 0
     (run,) = (tmp_path / "outputs").iterdir()
-    assert (run / "preview.webp").exists()
-    assert "untrained" in capsys.readouterr().out
+    assert read_video(run / "preview.webp").shape[2] == 3 * 96  # reference, result, result without guidance
+    assert "correlation" not in capsys.readouterr().out  # the true path is that of the whole clip
 
 
 def test_pictures_on_request(folder, tmp_path, clip):

@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from wan_mini.generate import NEGATIVE, encode_prompts, guided_velocity, program
 from wan_mini.runtime import Stages, pick_device, pick_dtype, run
-from wan_mini.tiny.untrained import write_untrained
 from wan_mini.video import read_video
 
 CPU = torch.device("cpu")
@@ -125,12 +124,3 @@ def test_a_bug_is_not_hidden():
         run(lambda argv: 1 / 0)
     with pytest.raises(RuntimeError, match="size"):
         run(lambda argv: torch.ones(2) @ torch.ones(3))
-
-
-def test_the_untrained_checkpoint_is_reproducible(tmp_path):
-    for name in "ab":
-        write_untrained(tmp_path / name)
-    files = [path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")]
-    assert len(files) == 5
-    for file in files:
-        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

@@ -296,6 +296,10 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
     assert calls == [2, 1]
     assert np.array_equal(np.concatenate(shards), np.stack([clip.frames[:, 0, 0] for clip in clips]))
     assert captions == [clip.caption for clip in clips]
+    (pictures, last), captions = train.cached(task, "pictures", 3, lambda frames: frames, train.make_picture)
+    clips = [train.make_picture(seed) for seed in range(3)]
+    assert np.array_equal(np.concatenate([pictures, last]), np.stack([clip.frames for clip in clips]))
+    assert pictures.shape == (2, 1, world.HEIGHT, world.WIDTH, 3) and captions == [clip.caption for clip in clips]
 
 
 @pytest.mark.parametrize(

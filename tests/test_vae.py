@@ -10,7 +10,7 @@ from conftest import DATA, error, golden, weights
 from diffusers import AutoencoderKLWan
 
 from wan_mini.config import TINY_VAE, WAN_VAE, VAEConfig
-from wan_mini.vae import WanVAE, cut, stream
+from wan_mini.vae import CausalConv3d, WanVAE, cut, stream
 
 
 @pytest.fixture(scope="module")
@@ -279,3 +279,15 @@ def test_a_wrong_tile_is_named(vae, tile):
 def test_wrong_levels_are_named():
     with pytest.raises(ValueError, match=r"4 levels.*got \(1, 2\)"):
         WanVAE(VAEConfig(dim_mult=(1, 2)))
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
+def test_convolution_by_pictures_is_the_3d_convolution(kernel, stride):
+    """What runs on a CPU against what runs elsewhere: PyTorch's own 3D convolution, behind the past or zeros."""
+    conv, x = CausalConv3d(3, 4, kernel, stride), torch.randn(2, 3, 4, 5, 6)
+    zeros, past = torch.zeros(2, 3, 3 - stride, 5, 6), torch.randn(2, 3, 3 - stride, 5, 6)
+    for frames, before in ((x, past), (x, None), *([(x[:, :, :1], None)] if stride == 1 else [])):
+        whole = torch.cat([zeros if before is None else before, frames], dim=2)
+        y, after = conv(frames, before)
+        assert error(y, torch.nn.Conv3d.forward(conv, whole)) < 1e-6
+        assert torch.equal(after, whole[:, :, stride - 3 :])

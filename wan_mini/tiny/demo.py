@@ -1,4 +1,4 @@
-"""The default run: the trained tiny Wan, a clip of its world, and a prompt that keeps nothing of it but the motion.
+"""A clip of the tiny world, a prompt that keeps nothing of it but the motion, and how well a video does both.
 
 The clip is bundled as a file, like any other reference. Its seed makes it again, with the true tracks.
 """

@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what each changes in the method's TIN
     "dense": {"amf": "dense"},
     "windowed": {},
     "interval1": {"interval": 1},
+    "flow_only": {"weights": (5.0, 0.0)},
     "dense1": {"amf": "dense", "interval": 1},
     "ref": {"centres": "ref"},
     "own": {"centres": "own"},

@@ -1,8 +1,7 @@
 """Muon: momentum whose update is made orthogonal, so that all directions of a weight matrix move equally fast.
 
-A gradient is mostly of low rank: a few directions get nearly all of Adam's step too, the many others wait. On the tiny
-VAE this is the difference between hundreds of steps and thousands. torch.optim.Muon takes no convolutions, and works in
-bfloat16, which a CPU without matrix instructions for it does slowly.
+A gradient is mostly of low rank: a few directions get nearly all of Adam's step too, the many others wait.
+torch.optim.Muon takes no convolutions, and works in bfloat16, which most CPUs do slowly.
 
 Source: Jordan et al., Muon: an optimizer for hidden layers in neural networks (kellerjordan.github.io/posts/muon).
 """

@@ -54,8 +54,8 @@ VAE_PHASES = (  # until this share of the steps: frames, height and width of the
     (1.0, 17, HEIGHT, WIDTH, 1 / 16),  # whole frames, because the attention in the middle looks at all positions
 )
 DIT_PHASES = (  # until this share of the steps: latent frames, clips per --batch
-    (0.4, 1, 8),  # what things look like is learned from pictures, at a ninth of a clip's tokens and less attention
-    (0.7, 3, 2),  # then how they begin to move: latents are causal, so a clip's first ones are those of a shorter clip
+    (0.35, 1, 8),  # what things look like is learned from pictures, at a ninth of a clip's tokens and less attention
+    (0.6, 3, 2),  # then how they begin to move: latents are causal, so a clip's first ones are those of a shorter clip
     (1.0, 9, 1),
 )
 SHARD = 64  # clips in a file of the cache
@@ -63,7 +63,7 @@ PICTURES = 4  # pictures per clip that the DiT is trained on
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
 RECIPES = {  # clips are coarser samples than pictures, fewer to a batch: they want a quarter of the rate
     "vae": Recipe(steps=1500, batch=16, clips=1024, decay=((0, 1), (0.3, 0.25), (1, 0))),
-    "dit": Recipe(steps=3600, batch=8, clips=1280),
+    "dit": Recipe(steps=2400, batch=8, clips=1024, lr=0.03, decay=((0, 1), (0.35, 0.6), (1, 0)), ema=0.998),
 }
 
 
@@ -168,9 +168,9 @@ def cached(
     files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}
     missing = [seeds for seeds in ranges if not files[seeds].exists()]
     with ProcessPoolExecutor(job.workers, mp_context=get_context("spawn")) as pool:  # a GPU does not survive a fork
-        ahead = pool.map(make_clip, missing[0] if missing else ())
+        ahead = pool.map(make, missing[0] if missing else ())
         for seeds, following in tqdm(list(zip(missing, [*missing[1:], ()])), desc=name, unit="shard"):
-            clips, ahead = list(ahead), pool.map(make_clip, following)  # rendered while these are converted
+            clips, ahead = list(ahead), pool.map(make, following)  # rendered while these are converted
             captions = "\n".join(clip.caption for clip in clips)
             files[seeds].with_suffix(".txt").write_text(captions + "\n", encoding="utf-8")
             replace_file(files[seeds], partial(np.save, arr=convert(np.stack([clip.frames for clip in clips]))))
