@@ -272,6 +272,13 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert printed.index("the oracle on real clips") < printed.index("fastvmt")
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
+    evaluate.program([*flags, "--split", "train", "--settings", "none", "--vary", "block=1", "tau=5 lr=0.1,0.2"])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["setting"] for row in rows] == ["none", "block=1", "tau=5 lr=0.1,0.2"]
+    assert "1 train clips of seed 0" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--vary needs NAME=VALUE"):
+        evaluate.program([*flags, "--vary", "colour=red"])
     with pytest.raises(ValueError, match="--settings none,nine.*choose from none,dense,windowed"):
         evaluate.program([*flags, "--settings", "none,nine"])
 

@@ -53,11 +53,16 @@ def small_world():
         for name, value in {"FRAMES": 17, "HEIGHT": 64, "WIDTH": 96, "KINDS": ("single", "camera")}.items():
             patch.setattr(train, name, value)
         patch.setattr(train, "VAE_PHASES", ((0.5, 1, 32, 32, 1), (1.0, 5, 32, 32, 1 / 2)))
-        patch.setattr(train, "DIT_PHASES", ((0.2, 1, 2), (0.5, 3, 1), (1.0, 5, 1)))
+        patch.setattr(
+            train,
+            "DIT_PHASES",
+            ((0.3, [("pictures", 1, 2)]), (1.0, [("clips", 5, 1), ("closeups", 1, 2), ("clips", 3, 1)])),
+        )
         patch.setattr(train, "make_clip", small_clip)
 
         def cached(job, name, clips, convert, make=small_clip):
-            return [convert(frames[:, :1] if make is train.make_picture else frames)], captions
+            parts = {train.make_picture: frames[:, :1], train.make_closeup: frames[:, :1, 16:48, 24:72]}
+            return [convert(parts.get(make, frames))], captions
 
         yield cached
 
@@ -300,6 +305,18 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
     clips = [train.make_picture(seed) for seed in range(3)]
     assert np.array_equal(np.concatenate([pictures, last]), np.stack([clip.frames for clip in clips]))
     assert pictures.shape == (2, 1, world.HEIGHT, world.WIDTH, 3) and captions == [clip.caption for clip in clips]
+
+
+def test_a_closeup_is_a_part_of_its_picture_with_a_sprite(monkeypatch):
+    for name in ("FRAMES", "HEIGHT", "WIDTH", "make_clip"):
+        monkeypatch.setattr(train, name, getattr(world, name))
+    for seed in range(20):
+        picture, closeup = train.make_picture(seed), train.make_closeup(seed)
+        assert closeup.frames.shape == (1, 64, 96, 3) and closeup.caption == picture.caption
+        places = np.lib.stride_tricks.sliding_window_view(picture.frames[0], (64, 96, 3))[:, :, 0]  # (65,97,64,96,3)
+        assert (places == closeup.frames[0]).all((2, 3, 4)).any()
+        vivid = np.ptp(closeup.frames.astype(int), axis=-1) > world.VIVID
+        assert vivid.mean() > 0.02 or not picture.objects
 
 
 @pytest.mark.parametrize(

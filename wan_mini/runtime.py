@@ -173,17 +173,17 @@ def height_width(text: str) -> tuple[int, int]:
     return height, width
 
 
-def parse_knobs(base: Any, texts: list[str]) -> dict[str, Any]:
+def parse_knobs(base: Any, texts: list[str], flag: str = "--set") -> dict[str, Any]:
     """Parse NAME=VALUE for fields of a dataclass, each with the type of its value in `base`; tuples as 3,4.
 
-    Raises ValueError on an unknown name or a value of another type.
+    Raises ValueError, which names the flag, on an unknown name or a value of another type.
     """
     knobs = {}
     names = [f.name for f in fields(base)]
     for text in texts:
         name, _, value = text.partition("=")
         if name not in names or not value:
-            raise ValueError(f"--set needs NAME=VALUE with one of {', '.join(names)}, got {text}")
+            raise ValueError(f"{flag} needs NAME=VALUE with one of {', '.join(names)}, got {text}")
         default = getattr(base, name)
         try:
             if isinstance(default, tuple):
@@ -191,7 +191,7 @@ def parse_knobs(base: Any, texts: list[str]) -> dict[str, Any]:
             else:
                 knobs[name] = int(value) if default is None else type(default)(value)
         except ValueError:
-            raise ValueError(f"--set {name} needs a value like {default}, got {value}") from None
+            raise ValueError(f"{flag} {name} needs a value like {default}, got {value}") from None
     return knobs
 
 

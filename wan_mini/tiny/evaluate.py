@@ -1,9 +1,11 @@
 """The yardstick: how well motion is transferred, against the true tracks of held-out clips of the tiny world.
 
     python -m wan_mini.tiny.evaluate --clips 8 --settings none,dense,windowed --csv results.csv
+    python -m wan_mini.tiny.evaluate --split train --settings windowed --vary block=2 "tau=5 window=7"
 
 Each clip gets a prompt that differs from it in shapes, colours and background; each setting makes a video of it from
-the same noise. This file knows no method: --method names a module with `transfer` and `TINY_MOTION`.
+the same noise. Knobs are tuned on clips of the training split, as in the second command. This file knows no method:
+--method names a module with `transfer` and `TINY_MOTION`.
 """
 
 import csv
@@ -19,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from wan_mini.load import load_wan
-from wan_mini.runtime import DTYPES, Parser, pick_device, pick_dtype, run
+from wan_mini.runtime import DTYPES, Parser, parse_knobs, pick_device, pick_dtype, run
 from wan_mini.tiny.measure import label, read_scene, score
-from wan_mini.tiny.world import FRAMES, KINDS, Clip, Scene, make_clip, other_scene
+from wan_mini.tiny.world import FRAMES, KINDS, SPLITS, Clip, Scene, make_clip, other_scene
 
 COLUMNS = (
     *("clip", "kind", "setting", "correlation", "error_px", "direction", "fidelity"),
@@ -44,23 +46,23 @@ Row = dict[str, Any]
 
 
 def clip_seeds(seed: int, count: int) -> list[tuple[int, str]]:
-    """Seed and kind of `count` held-out clips, the kinds in turn: any integer `seed` gives other ones."""
+    """Seed and kind of `count` clips, the kinds in turn: any integer `seed` gives other ones."""
     rng = np.random.default_rng(seed % 2**64)
     return [(int(number), KINDS[index % len(KINDS)]) for index, number in enumerate(rng.integers(2**31, size=count))]
 
 
-def oracle_accuracy(seed: int, count: int) -> Iterator[Row]:
+def oracle_accuracy(seed: int, count: int, split: str = "held-out") -> Iterator[Row]:
     """What the oracle reads off real clips, right or not: the yardstick's own error."""
     for number, kind in tqdm(clip_seeds(seed, count), desc="oracle", unit="clip"):
-        clip = make_clip(number, kind, "held-out", range(0, FRAMES, 8))
+        clip = make_clip(number, kind, split, range(0, FRAMES, 8))
         _, right = read_scene(clip.frames, label(clip.frames), clip)
         yield {"kind": kind, "setting": "real clips", **right}
 
 
-def measure(video: Video, settings: Sequence[str], seed: int, count: int) -> Iterator[Row]:
+def measure(video: Video, settings: Sequence[str], seed: int, count: int, split: str = "held-out") -> Iterator[Row]:
     """One row for each clip and setting; a clip's number is its seed, which makes it again."""
     for number, kind in clip_seeds(seed, count):
-        clip = make_clip(number, kind, "held-out")
+        clip = make_clip(number, kind, split)
         scene: Scene = other_scene(clip, number)
         for setting in settings:
             start = time.perf_counter()
@@ -116,9 +118,11 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.tiny.evaluate", description="Measure motion transfer against true tracks.")
     p.add_argument("--model", type=Path, default=Path(__file__).parent / "checkpoint", help="folder (the tiny model)")
     p.add_argument("--method", default="fastvmt", help="module with transfer and TINY_MOTION (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="any integer: which held-out clips (%(default)s)")
+    p.add_argument("--split", choices=SPLITS, default="held-out", help="of the world's clips (%(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="any integer: which of them (%(default)s)")
     p.add_argument("--clips", type=int, default=8, help="how many, of the four kinds in turn (%(default)s)")
     p.add_argument("--settings", default="none,dense,windowed", help=f"some of {','.join(SETTINGS)} (%(default)s)")
+    p.add_argument("--vary", nargs="+", default=[], metavar="KNOBS", help='more settings: knobs, as "tau=5 window=7"')
     p.add_argument("--csv", type=Path, help="one row a clip and setting")
     p.add_argument("--oracle-clips", type=int, default=100, help="real clips to test the oracle on (%(default)s)")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
@@ -129,24 +133,25 @@ def parser() -> Parser:
 def program(argv: list[str] | None = None) -> None:
     """The oracle on real clips, then the method on all settings."""
     args = parser().parse_args(argv)
-    settings = args.settings.split(",")
-    unknown = [name for name in settings if name not in SETTINGS]
-    if unknown or args.clips < 1 or args.oracle_clips < 1:
+    names = args.settings.split(",")
+    if not set(names) <= SETTINGS.keys() or args.clips < 1 or args.oracle_clips < 1:
         raise ValueError(f"got --settings {args.settings}, --clips {args.clips}, --oracle-clips {args.oracle_clips}: "
                          f"choose from {','.join(SETTINGS)}, and at least one clip of each sort")  # fmt: skip
-    device = pick_device(args.device)
+    device, method = pick_device(args.device), import_module(args.method)
+    settings = {name: SETTINGS[name] for name in names}
+    settings |= {knobs: parse_knobs(method.TINY_MOTION, knobs.split(), "--vary") for knobs in args.vary}
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
-    method = import_module(args.method)
 
     def video(clip: Clip, prompt: str, setting: str, seed: int) -> tuple[np.ndarray, int]:
-        config = replace(method.TINY_MOTION, **SETTINGS[setting])
+        config = replace(method.TINY_MOTION, **settings[setting])
         result = method.transfer(wan, clip.frames, prompt, config, seed=seed, device=device)
         return result.frames, result.report["gradients"]
 
-    print(f"{args.clips} held-out clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")
-    accuracy = list(oracle_accuracy(args.seed, args.oracle_clips))
+    print(f"{args.clips} {args.split} clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")
+    accuracy = list(oracle_accuracy(args.seed, args.oracle_clips, args.split))
     print("the oracle on real clips\n" + table(accuracy, ("colour_ok", "background_ok", "shape_ok")))
-    print(args.method + "\n" + table(write_rows(measure(video, settings, args.seed, args.clips), args.csv)))
+    rows = measure(video, list(settings), args.seed, args.clips, args.split)
+    print(args.method + "\n" + table(write_rows(rows, args.csv)))
 
 
 if __name__ == "__main__":

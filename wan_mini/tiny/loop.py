@@ -116,14 +116,14 @@ class Training:
         update_ema(self.ema, self.model, number, self.job.recipe.ema)
         self.losses.append(loss.detach())  # read later: to read it now would make the device wait
 
-    def run(self, loss_of: Callable[[nn.Module, float, Generator], Tensor], sheet: Callable[[], np.ndarray]) -> None:
+    def run(self, loss_of: Callable[[nn.Module, int, Generator], Tensor], sheet: Callable[[], np.ndarray]) -> None:
         """Step until the end, saving now and then. Raises SystemExit at the deadline, FloatingPointError on NaN."""
         job, steps, clock = self.job, self.job.recipe.steps, time.monotonic()
         fast = pick_dtype(job.device) == torch.bfloat16
         with tqdm(initial=len(self.losses), total=steps, desc=self.name, unit="step") as bar:
             while (number := len(self.losses)) < steps:
                 with torch.autocast(job.device.type, torch.bfloat16, enabled=fast):
-                    loss = loss_of(self.model, number / steps, np.random.default_rng((job.seed, number)))
+                    loss = loss_of(self.model, number, np.random.default_rng((job.seed, number)))
                 self.step(loss)
                 bar.update()
                 done, late = number + 1 == steps, time.monotonic() > job.deadline

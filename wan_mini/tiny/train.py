@@ -53,17 +53,26 @@ VAE_PHASES = (  # until this share of the steps: frames, height and width of the
     (0.93, 5, 64, 64, 1 / 2),
     (1.0, 17, HEIGHT, WIDTH, 1 / 16),  # whole frames, because the attention in the middle looks at all positions
 )
-DIT_PHASES = (  # until this share of the steps: latent frames, clips per --batch
-    (0.35, 1, 8),  # what things look like is learned from pictures, at a ninth of a clip's tokens and less attention
-    (0.6, 3, 2),  # then how they begin to move: latents are causal, so a clip's first ones are those of a shorter clip
-    (1.0, 9, 1),
+DIT_PHASES = (  # until this share of the steps, in turns: which latents, how many frames, and how many per --batch
+    (0.15, [("pictures", 1, 8)]),  # what things look like, at a ninth of a clip's tokens and less attention
+    (0.257, [("clips", 3, 2)]),  # how they begin to move: latents are causal, so a clip's first are a shorter clip's
+    (0.4285, [("clips", 9, 1)]),
+    (0.518, [("closeups", 1, 32)]),  # which word means which shape, drawn large
+    (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # all of it
 )
 SHARD = 64  # clips in a file of the cache
-PICTURES = 4  # pictures per clip that the DiT is trained on
+PER_CLIP = {"pictures": 4, "clips": 1, "closeups": 8}  # latents of each sort that the DiT is trained on, per --clips
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
 RECIPES = {  # clips are coarser samples than pictures, fewer to a batch: they want a quarter of the rate
     "vae": Recipe(steps=1500, batch=16, clips=1024, decay=((0, 1), (0.3, 0.25), (1, 0))),
-    "dit": Recipe(steps=2400, batch=8, clips=1024, lr=0.03, decay=((0, 1), (0.35, 0.6), (1, 0)), ema=0.998),
+    "dit": Recipe(
+        steps=5600,
+        batch=8,
+        clips=1024,
+        lr=0.03,
+        ema=0.998,
+        decay=((0, 1), (0.15, 0.6), (0.4285, 0), (0.439, 0.6), (1, 0)),
+    ),  # fmt: skip
 }
 
 
@@ -185,6 +194,16 @@ def make_picture(seed: int) -> Clip:
     return make_clip(seed, frames=[seed % FRAMES])
 
 
+def make_closeup(seed: int) -> Clip:
+    """A quarter of a picture, somewhere around a sprite if it has one."""
+    clip, rng = make_picture(seed), np.random.default_rng(seed)
+    points = clip.tracks[clip.owners >= 0, 0]  # (points,T,2) -> (n,2)
+    middle = rng.choice(points) if len(points) else (HEIGHT / 2, WIDTH / 2)
+    size = np.array([HEIGHT, WIDTH]) // 2
+    top, left = (middle - size * rng.uniform(0.3, 0.7, 2)).clip(0, size).astype(int)
+    return replace(clip, frames=clip.frames[:, top : top + size[0], left : left + size[1]])
+
+
 def to_videos(frames: np.ndarray, device: torch.device) -> Tensor:
     """Clips (B,T,H,W,3) uint8 -> videos (B,3,T,H,W) in [-1,1], converted on the device."""
     return torch.tensor(frames, device=device).movedim(-1, 1).float() / 127.5 - 1
@@ -236,8 +255,8 @@ def train_vae(job: Job, config: VAEConfig = TINY_VAE) -> None:
     training = Training("vae", job, seeded(job.seed, lambda: good_start(WanVAE(plain))))
     unseen = np.stack([make_clip(UNSEEN + i, kind, frames=range(9)).frames for i, kind in enumerate(KINDS)])
 
-    def loss_of(vae: WanVAE, progress: float, rng: Generator) -> Tensor:
-        video = to_videos(crops(rng, shards, progress, job.recipe.batch), job.device)
+    def loss_of(vae: WanVAE, step: int, rng: Generator) -> Tensor:
+        video = to_videos(crops(rng, shards, step / job.recipe.steps, job.recipe.batch), job.device)
         return vae_loss(vae, video, partial(normal, rng))
 
     def reconstruct() -> np.ndarray:
@@ -266,26 +285,27 @@ def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) 
     if not (file := job.folder / VAE_FILE).exists():
         raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --folder first")
     vae = load_vae(file, device=job.device, dtype=torch.float32)
-    data, count, coder = digest(file)[:8], job.recipe.clips, partial(encode, vae, job.device)
-    pictures, picture_texts = cached(job, f"pictures-{data}", PICTURES * count, coder, make_picture)
-    clips, clip_texts = cached(job, f"latents-{data}", count, coder)
-    captions = picture_texts + clip_texts
-    texts = [*captions, *map(casual, captions)]
+    shards, captions, coder = {}, {}, partial(encode, vae, job.device)
+    for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
+        folder, count = f"{name}-{digest(file)[:8]}", PER_CLIP[name] * job.recipe.clips
+        shards[name], captions[name] = cached(job, folder, count, coder, make)
+    texts = captions["pictures"] + captions["clips"]
+    texts = [*texts, *map(casual, texts)]
     (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
     tokenizer = Tokenizer.from_file(job.work / "tokenizer.json")
-    ids = token_table(tokenizer, [*texts, ""])  # (2 captions + 1, L)
+    ids = {name: token_table(tokenizer, [*some, *map(casual, some), ""]) for name, some in captions.items()}  # (2n+1,L)
     model = seeded(job.seed, lambda: nn.ModuleDict({"dit": WanDiT(config), "text": UMT5Encoder(text)}))
     training = Training("dit", job, model)
     prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
 
-    def loss_of(model: nn.ModuleDict, progress: float, rng: Generator) -> Tensor:
-        _, frames, share = next(phase for phase in DIT_PHASES if progress < phase[0])
-        shards, first = (pictures, 0) if frames == 1 else (clips, len(picture_texts))
-        picks = rng.integers(sum(map(len, shards)), size=max(1, round(job.recipe.batch * share)))
-        clean = np.stack([shards[pick // SHARD][pick % SHARD][:, :frames] for pick in picks])  # (B,16,F,h,w)
+    def loss_of(model: nn.ModuleDict, step: int, rng: Generator) -> Tensor:
+        turns = next(turns for end, turns in DIT_PHASES if step / job.recipe.steps < end)
+        name, frames, share = turns[step % len(turns)]
+        picks = rng.integers(len(captions[name]), size=max(1, round(job.recipe.batch * share)))
+        clean = np.stack([shards[name][pick // SHARD][pick % SHARD][:, :frames] for pick in picks])  # (B,16,F,h,w)
         clean = torch.from_numpy(clean).to(job.device).float()
-        rows = ids[rng.choice([0, len(captions)], size=len(picks)) + first + picks]  # as written, or casual: (B,L)
-        rows = drop_captions(rng, rows, ids[-1])
+        rows = ids[name][rng.choice([0, len(captions[name])], size=len(picks)) + picks]  # as written, or casual: (B,L)
+        rows = drop_captions(rng, rows, ids[name][-1])
         return flow_loss(model["dit"], model["text"], clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows)
 
     def sheet() -> np.ndarray:
