@@ -28,10 +28,12 @@ from tqdm import tqdm
 
 from losses import amf_loss, total_loss, window_loss
 from skip_optim import optimise
-from wan_mini.dit import WanDiT
+from wan_mini.dit import RECOMPUTE, WanDiT
 from wan_mini.flops import activation_bytes, forward_flops, gradient_flops
 from wan_mini.generate import NEGATIVE, decode, encode_prompts, guided_velocity
 from wan_mini.load import Wan, load_vae, load_wan, outline
+from wan_mini.offload import OFFLOAD, resident
+from wan_mini.plan import as_loaded, choose, plans
 from wan_mini.preview import side_by_side, with_arrows
 from wan_mini.runtime import (
     DTYPES,
@@ -46,7 +48,6 @@ from wan_mini.runtime import (
     parse_knobs,
     pick_device,
     pick_dtype,
-    resident,
     run,
     save_tensors,
     versions,
@@ -54,7 +55,7 @@ from wan_mini.runtime import (
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
-from window import CHUNK_BYTES, dense_amf, frame_pairs, tile_centres, windowed_amf
+from window import dense_amf, frame_pairs, tile_centres, windowed_amf
 
 FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents
 
@@ -128,8 +129,8 @@ class MotionConfig:
         return block
 
 
-# For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, faster updates, a late block.
-# To be tuned once the model is trained enough.
+# For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, and guidance for longer and with larger
+# updates than the paper's. Chosen on four training clips (README), which is few.
 TINY_MOTION = MotionConfig(
     height=128,
     width=192,
@@ -137,9 +138,9 @@ TINY_MOTION = MotionConfig(
     steps=25,
     shift=3.0,
     cfg=3.0,
-    guided=0.4,
-    lr=(0.015, 0.010),
-    block=4,
+    guided=0.6,
+    lr=(0.02, 0.015),
+    block=3,
     tau=3.0,
     window=5,
 )
@@ -165,18 +166,22 @@ def transfer(
     seed: int = 0,
     negative: str = NEGATIVE,
     device: torch.device | str = "cpu",
+    offload: str = "none",
+    recompute: str | None = None,
     on_latents: Callable[[Transfer], None] = lambda result: None,
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`.
 
-    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works.
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works, wherever
+    it is now, with offload="blocks" (offload.OFFLOAD) block by block. recompute: of dit.RECOMPUTE; None: what fits.
     on_latents gets the result before it is decoded, so that a failure there loses nothing.
     Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
     """
-    device = torch.device(device)
+    device, blocks = torch.device(device), offload != "blocks"
     stage = Stages(device)
     with stage("text"):
-        text, negative_text, null = encode_prompts(wan, [prompt, negative, ""], device)  # null: no text at all
+        prompts = [prompt, negative, ""]  # the last is no text at all
+        text, negative_text, null = encode_prompts(wan, prompts, device, blocks=blocks)
     with stage("encode"), resident(wan.vae, device):
         bar = partial(tqdm, desc="encode")
         z_ref = wan.vae.encode(to_model(clip).to(device), tile=config.vae_tile, progress=bar)
@@ -188,8 +193,10 @@ def transfer(
 
     x = noised_reference(scheduler.sigmas[0])  # sigma is 1 there, pure noise, unless strength < 1
     losses = []
-    with resident(wan.dit, device), tqdm(total=config.steps, desc="denoise", unit="step") as bar:
-        guide = Guide(wan.dit, z_ref, text, null, config)
+    bar = tqdm(total=config.steps, desc="denoise", unit="step")
+    with resident(wan.dit, device, blocks=blocks), bar:
+        with stage("guide"):
+            guide = Guide(wan.dit, z_ref, text, null, config, recompute)
         for index, (sigma, timestep) in enumerate(zip(scheduler.sigmas, scheduler.timesteps)):
             if index < config.guided_steps:
                 with stage("guide"):
@@ -201,7 +208,8 @@ def transfer(
                 x = scheduler.step(index, x, velocity)
             check_finite(x, index, config.steps)
             bar.update()
-        flows = guide.clean_flow(z_ref), guide.clean_flow(x)
+        with stage("flows"):
+            flows = guide.clean_flow(z_ref), guide.clean_flow(x)
     report = {"stages": stage.table, "losses": losses, "gradients": sum(map(len, losses)), **guide.report}
     result = Transfer(x, flows, report)
     on_latents(result)
@@ -217,22 +225,29 @@ class Guide:
     compared at each step is how two equally noisy latents move.
     """
 
-    def __init__(self, dit: WanDiT, z_ref: Tensor, text: Tensor, null: Tensor, config: MotionConfig):
+    def __init__(
+        self,
+        dit: WanDiT,
+        z_ref: Tensor,
+        text: Tensor,
+        null: Tensor,
+        config: MotionConfig,
+        recompute: str | None = None,
+    ):
         self.dit, self.text, self.null, self.config = dit, text, null, config
         self.grid = dit.grid(z_ref)
         self.pairs = frame_pairs(self.grid[0], config.span)
         self.block = config.block_of(dit)
-        self.checkpoint = needs_checkpoint(dit, self.grid, self.block, z_ref.device)
-        self.report = {"pairs": len(self.pairs), "checkpoint": self.checkpoint, "key_gradient_norms": []}
+        self.recompute = recompute or least_recompute(dit, self.grid, self.block, z_ref.device)
+        self.report = {"pairs": len(self.pairs), "recompute": self.recompute, "key_gradient_norms": []}
         self.centres = None  # each video's own
         if config.amf == "windowed" and config.centres == "ref0":  # the clean reference's (t = 0)
             self.centres = self.centres_of(*self.qk(z_ref, torch.zeros(1), null))
 
     def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the block, (1,N,M,D) each."""
-        return self.dit(
-            x, timestep.reshape(1), text, qk_block=self.block, checkpoint=self.checkpoint and x.requires_grad
-        )
+        again = self.recompute if x.requires_grad else "none"
+        return self.dit(x, timestep.reshape(1), text, qk_block=self.block, recompute=again)
 
     def centres_of(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile went, (pairs, tiles, 2)."""
@@ -275,12 +290,14 @@ class Guide:
         return loss
 
     def clean_flow(self, latents: Tensor) -> Tensor:
-        """Dense flow of a clean clip from each latent frame to the next, (F-1, S, 2): the preview's arrows.
+        """Flow of a clean clip from each latent frame to the next, (F-1, S, 2): the preview's arrows.
 
-        Not the flow that was optimised, which is that of noisy latents.
+        Not the flow that was optimised, which is that of noisy latents. In windows around the clip's own matches,
+        whatever guides: a mean over the frame points to its middle where a match is unsure, as on an even ground.
         """
+        c, pairs = self.config, frame_pairs(self.grid[0], 1)
         q, k = self.qk(latents, torch.zeros(1), self.null)
-        return dense_amf(q, k, self.grid, frame_pairs(self.grid[0], 1), tau=self.config.tau)
+        return windowed_amf(q, k, self.grid, pairs, tau=c.tau, tile=c.tile, window=c.window)[0]
 
 
 def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float], k: Tensor) -> dict[str, float]:
@@ -294,11 +311,27 @@ def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float]
     return norms
 
 
-def needs_checkpoint(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> bool:
-    """Whether a gradient's activations would take more than 80 % of the device's free memory, where that is known."""
-    width = dit.patch_embedding.weight.element_size()
-    needed, free = activation_bytes(dit.config, grid[0] * grid[1] * grid[2], block, width), free_bytes(device)
-    return free is not None and needed > 0.8 * free
+def least_recompute(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> str:
+    """The first of RECOMPUTE whose activations take at most 80 % of the device's free memory, where that is known.
+
+    Not "none" where blocks are elsewhere (offload.py): all their copies would be kept.
+    """
+    width, free = dit.patch_embedding.weight.element_size(), free_bytes(device)
+    tokens = grid[0] * grid[1] * grid[2]
+    needed = {recompute: activation_bytes(dit.config, tokens, block, width, recompute) for recompute in RECOMPUTE}
+    ways = RECOMPUTE if any(True for _ in dit.blocks.parameters()) else RECOMPUTE[1:]
+    return next((way for way in ways if free is None or needed[way] <= 0.8 * free), RECOMPUTE[-1])
+
+
+def one_gradient(dit: WanDiT, z: Tensor, text: Tensor, recompute: str, config: MotionConfig) -> None:
+    """A gradient of the guidance as far as memory is concerned, on tensors that may have no contents."""
+    guide = Guide(dit, z, text, text, config, recompute)
+    x = z.detach().requires_grad_()
+    with torch.enable_grad():
+        q, k = guide.qk(x, torch.tensor(500.0), text)
+        wanted = q.new_zeros(len(guide.pairs), guide.grid[1] * guide.grid[2], 2)
+        losses = guide.losses(q, k, wanted, guide.centres)
+        torch.autograd.grad(total_loss(*losses, config.weights), x)
 
 
 # The command line.
@@ -314,7 +347,9 @@ def parser() -> Parser:
     model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (bfloat16 where native)")
-    model.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
+    more = "keep only the part at work on the device, or of its blocks only those at work (none; without a word: parts)"
+    model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=more)
+    model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
     clip = p.add_argument_group("clip and prompt")
     clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     clip.add_argument("--prompt", help=f'what the new video shows ("{demo.wanted_scene().caption}")')
@@ -327,7 +362,6 @@ def parser() -> Parser:
     method.add_argument("--amf", help=f"motion flow: windowed, dense or none ({c.amf})")
     method.add_argument("--interval", type=int, help=f"a gradient every so many latent updates ({c.interval})")
     method.add_argument("--steps", type=int, help=f"denoising steps ({c.steps}, tiny {t.steps})")
-    method.add_argument("--strength", type=float, help=f"below 1: start from the noised reference ({c.strength})")
     knobs = "any knob of MotionConfig (what each does stands there), pairs as lr=0.003,0.002: "
     knobs += ", ".join(f.name for f in fields(c))
     method.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=knobs)
@@ -342,7 +376,7 @@ def parser() -> Parser:
 
 def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     """The model's MotionConfig with what the command line changes; sizes are rounded, and that is said."""
-    given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "strength", "frames")}
+    given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "frames")}
     given |= dict(zip(("height", "width"), args.size or (None, None)))
     given = {name: value for name, value in given.items() if value is not None}
     knobs = parse_knobs(base, args.set)
@@ -359,7 +393,8 @@ def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
 
 def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype) -> None:
     """Print what a run would cost, from the sizes of the parts alone."""
-    c, dit, width = config, parts["dit"].config, dtype.itemsize
+    as_loaded(parts, dtype)
+    c, dit = config, parts["dit"].config
     f, h, w = (c.frames - 1) // 4 + 1, c.height // 16, c.width // 16
     tokens, block = f * h * w, c.block_of(parts["dit"])
     pairs, updates = len(frame_pairs(f, c.span)), c.guided_steps * c.inner_steps
@@ -367,25 +402,30 @@ def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, 
     plain = c.steps * (1 if c.cfg == 1 else 2) * forward_flops(dit, tokens)
     guidance = c.guided_steps * forward_flops(dit, tokens, block) + gradients * gradient_flops(dit, tokens, block)
     count = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
-    weights = {part: n * (4 if part == "vae" else width) / 1e9 for part, n in count.items()}
-    kept, recomputed = (activation_bytes(dit, tokens, block, width, again) / 1e9 for again in (False, True))
     print(f"model        {name}: " + ", ".join(f"{part} {n / 1e6:,.1f} M" for part, n in count.items()))
     print(f"clip         {c.frames} frames of {c.height}x{c.width} at {c.fps:g} a second")
     print(f"tokens       {f} x {h} x {w} = {tokens}, tiles {c.tile[0]}x{c.tile[1]}, window {c.window}")
     print(f"guidance     {c.guided_steps} of {c.steps} steps, block {block} of {dit.num_layers}, {pairs} frame pairs")
     print(f"evaluations  {gradients} gradients for {updates} latent updates")
     print(f"operations   denoising {plain / 1e12:,.1f} TFLOP, guidance {guidance / 1e12:,.1f} TFLOP")
-    print(f"weights      {dtype}: " + ", ".join(f"{part} {size:.2f} GB" for part, size in weights.items()))
-    logits = 4 * (h * w) ** 2  # bytes, of one pair of frames
-    flow = 4 * min(max(CHUNK_BYTES, logits), logits * (f - 1)) / 1e9
-    print(
-        f"gradient     {kept:.2f} GB of activations, or {recomputed:.2f} GB recomputed; flow {flow:.2f} GB (estimates)"
-    )
-    for how, loaded in (("all loaded", sum(weights.values())), ("--offload", weights["dit"])):
-        low, high = (loaded + activations + flow for activations in (recomputed, kept))
-        print(
-            f"in all       {how}: {high:.1f} GB, or {low:.1f} GB recomputed (estimates, without VAE and text encoding)"
-        )
+    print(f"memory of a GPU in GB, weights in {dtype}, by what is offloaded and what a gradient recomputes:")
+    found = plans(parts, c, partial(one_gradient, config=c))
+    print(" ".join(f"{head:>9}" for head in ("offload", "recompute", *found[0].stages)))
+    for way in found:
+        cells = way.offload, way.recompute, *(f"{n:.2f}" for n in way.stages.values())
+        print(" ".join(f"{cell:>9}" for cell in cells))
+
+
+def fit_memory(args: Namespace, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype) -> str:
+    """Set --offload to what fits into --memory, and return what a gradient must recompute."""
+    if args.offload != "none":
+        raise ValueError(f"--memory chooses what to offload, got --offload {args.offload} too: keep one")
+    as_loaded(parts, dtype)
+    plan = choose(plans(parts, config, partial(one_gradient, config=config)), args.memory)
+    stage = max(plan.stages, key=plan.stages.get)
+    print(f"memory: --offload {plan.offload}, recompute {plan.recompute}; at most {plan.peak:.1f} GB, to {stage}")
+    args.offload = plan.offload
+    return plan.recompute
 
 
 def write_result(folder: Path, panels: dict[str, tuple[np.ndarray, Tensor]], settings: dict, png: bool) -> None:
@@ -431,6 +471,7 @@ def program(argv: list[str] | None) -> None:
     if args.dry_run:
         dry_run(name, parts, config, dtype)
         return
+    args.recompute = None if args.memory is None else fit_memory(args, parts, config, dtype)
     if args.model is None:
         args.model, args.ref, args.unguided = demo.CHECKPOINT, args.ref or demo.REFERENCE, True
         args.prompt = demo.wanted_scene().caption if args.prompt is None else args.prompt
@@ -448,7 +489,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
     if len(clip) < config.frames:
         print(f"note: {args.ref} is shorter than {config.frames} frames, so {len(clip)} are used")
         config = replace(config, frames=len(clip))
-    wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=dtype)
+    wan = load_wan(args.model, device=device if args.offload == "none" else "cpu", dtype=dtype)
     config = replace(config, block=config.block_of(wan.dit))
     settings = {"model": str(args.model.resolve()), "ref": str(args.ref.resolve())}
     settings |= {"ref_sha256": sha256(clip.tobytes()).hexdigest(), "prompt": args.prompt, "negative": args.negative}
@@ -463,6 +504,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         (folder / "run.json").write_text(record + "\n", encoding="utf-8")
 
     options = {"seed": args.seed, "negative": args.negative, "device": device}
+    options |= {"offload": args.offload, "recompute": args.recompute}
     result = transfer(wan, clip, args.prompt, config, **options, on_latents=save)
     save(result)  # again, with the costs of decoding
     panels = {"reference": (clip, result.flows[0]), "result": (result.frames, result.flows[1])}

@@ -5,7 +5,7 @@ import torch
 from conftest import error, golden, weights
 
 from wan_mini.config import TINY, DiTConfig
-from wan_mini.dit import FP32_PARTS, WanDiT, apply_rope, rope_table
+from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT, apply_rope, rope_table
 
 SMALL = DiTConfig(dim=48, ffn_dim=64, num_heads=3, num_layers=4, freq_dim=32, text_dim=10, text_len=6)
 
@@ -35,8 +35,8 @@ def test_equals_the_official_code():
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_stopping_at_a_block_equals_the_whole_model(block, checkpoint):
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_stopping_at_a_block_equals_the_whole_model(block, recompute):
     """Values, and the latents' gradient, equal those of a full forward whose block is watched by a hook."""
     model = WanDiT(SMALL).requires_grad_(False)
     latents, timestep, text = small_inputs()
@@ -50,7 +50,7 @@ def test_stopping_at_a_block_equals_the_whole_model(block, checkpoint):
     model.blocks[block].self_attn.register_forward_pre_hook(watch, with_kwargs=True)
     model(latents, timestep, text)
     grads = []
-    for q, k in (seen["qk"], model(latents, timestep, text, qk_block=block, checkpoint=checkpoint)):
+    for q, k in (seen["qk"], model(latents, timestep, text, qk_block=block, recompute=recompute)):
         grads.append((q, k, *torch.autograd.grad((q * k.roll(1, 1)).sum(), latents)))
     for whole, cut in zip(*grads):
         assert torch.equal(whole, cut)

@@ -1,16 +1,17 @@
 """The whole program on a random tiny model: the method step by step, files in and out, and every bad input."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
-import loops as naive
 import numpy as np
 import pytest
 import torch
+from naive import naive
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,8 @@ import fastvmt
 from fastvmt import Guide, MotionConfig, main, transfer
 from wan_mini.generate import NEGATIVE, encode_prompts, generate
 from wan_mini.load import load_wan
-from wan_mini.runtime import resident
+from wan_mini.offload import resident
+from wan_mini.plan import Plan
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.world import make_clip
 from wan_mini.video import read_video, to_model, write_video
@@ -97,7 +99,8 @@ def test_without_guidance_it_is_plain_generation(wan, clip):
 
 @pytest.mark.parametrize("centres", ["ref0", "ref", "own"])
 def test_the_loss_is_the_papers(wan, clip, centres):
-    """Guide's loss against the loops of tests/loops.py, from queries and keys up; value and gradient to the latents."""
+    """Guide's loss against the loops of the notebooks, from queries and keys up; value and gradient to the latents."""
+    loops, losses = naive("07_tiles_and_windows"), naive("08_losses")
     config = replace(SMALL, centres=centres)
     text, null = encode_prompts(wan, ["a ball", ""], CPU)
     z, noise, x = (torch.randn(1, 16, 3, 8, 12) for _ in range(3))
@@ -113,16 +116,16 @@ def test_the_loss_is_the_papers(wan, clip, centres):
 
     clean, ref, gen = qk(z, torch.zeros(1), null), qk(noised, t, null), qk(x, t, text)
     source = {"ref0": (clean, clean), "ref": (ref, ref), "own": (ref, gen)}[centres]
-    ref_centres, gen_centres = (naive.tile_centres(*pair, grid, pairs, config.tile) for pair in source)
+    ref_centres, gen_centres = (loops.tile_centres(*pair, grid, pairs, config.tile) for pair in source)
     options = (grid, pairs, config.tau, config.tile, config.window)
-    flow_ref, _ = naive.windowed_amf(*ref, *options, ref_centres)
-    flow_gen, windows = naive.windowed_amf(*gen, *options, gen_centres)
-    slow = 5 * naive.amf_loss(flow_ref.detach(), flow_gen, pairs, config.span, config.alpha)
-    slow = slow + naive.window_loss(gen[1], grid, pairs, windows)
+    flow_ref, _ = loops.windowed_amf(*ref, *options, ref_centres)
+    flow_gen, windows = loops.windowed_amf(*gen, *options, gen_centres)
+    slow = 5 * losses.amf_loss(flow_ref.detach(), flow_gen, pairs, config.span, config.alpha)
+    slow = slow + losses.window_loss(gen[1], grid, pairs, windows)
     torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
     a, b = torch.autograd.grad(ours, x)[0], torch.autograd.grad(slow, x, retain_graph=True)[0]
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
-    window = torch.autograd.grad(naive.window_loss(gen[1], grid, pairs, windows), gen[1])[0]
+    window = torch.autograd.grad(losses.window_loss(gen[1], grid, pairs, windows), gen[1])[0]
     assert guide.report["key_gradient_norms"][0]["window"] == pytest.approx(window.norm().item(), rel=1e-3)
 
 
@@ -187,6 +190,15 @@ def test_bfloat16_weights_keep_the_latents_in_float32(folder, wan, clip):
     assert 0 < (rounded - exact).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_offloading_and_recomputing_change_no_bit(wan, clip, recompute):
+    options = {"config": replace(SMALL, steps=2), "seed": 1}
+    plain = transfer(wan, clip, "a ball", **options)
+    lean = transfer(wan, clip, "a ball", **options, offload="blocks", recompute=recompute)
+    assert torch.equal(plain.latents, lean.latents) and np.array_equal(plain.frames, lean.frames)
+    assert plain.report["recompute"] == "none" and lean.report["recompute"] == recompute
+
+
 def test_a_part_goes_home_even_after_an_error():
     moves = []
     module = torch.nn.Linear(2, 2)
@@ -224,7 +236,7 @@ def test_from_file_to_file(folder, tmp_path, clip, capsys):
         assert read_video(out / "preview.webp", fps=16).shape[0] == 9
         record = json.loads((out / "run.json").read_text(encoding="utf-8"))
         assert record["config"]["frames"] == 9 and record["prompt"] == "a cat" and record["seed"] == 0
-        assert set(record["stages"]) == {"text", "encode", "guide", "denoise", "decode"}
+        assert set(record["stages"]) == {"text", "encode", "guide", "denoise", "flows", "decode"}
         assert len(record["checkpoint_sha256"]) == 3 and record["versions"]["torch"] == torch.__version__
         assert len(record["losses"]) == 1 and record["gradients"] == 4  # 20 % of 3 steps, rounded up
     assert "wrote" in capsys.readouterr().out
@@ -286,13 +298,39 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr(fastvmt, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
     assert main(["--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "9 x 8 x 12 = 864" in out and "26 frame pairs" in out and "40 gradients for 100 latent updates" in out
+    assert "9 x 8 x 12 = 864" in out and "26 frame pairs" in out and "60 gradients for 150 latent updates" in out
     assert main(["--model", "Wan2.1-T2V-1.3B", "--dry-run", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "21 x 30 x 52 = 32760" in out and "74 frame pairs" in out and "block 14 of 30" in out
-    assert "denoising 28,300.2 TFLOP, guidance 17,536.7 TFLOP" in out and "dit 2.84 GB" in out
+    assert "denoising 28,300.2 TFLOP, guidance 17,536.7 TFLOP" in out
+    table = dict(re.findall(r"(\w+ +\w+)  +[\d.]+ +[\d.]+ +([\d.]+)", out))  # GB of the gradient, by way
+    assert float(table["none      none"]) > 45 and float(table["blocks     block"]) < 8.2
     assert main(["--model", str(folder), "--dry-run"]) == 0
     assert "custom" in (out := capsys.readouterr().out) and "block 2 of 6" in out
+
+
+def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch):
+    """From a budget to the arguments of transfer; what they do is tested above, what is foreseen in test_plan.py."""
+    ways = [Plan("none", "none", {"guide": 50, "decode": 9}), Plan("parts", "block", {"guide": 9, "decode": 11})]
+    seen = {}
+
+    def stop(*args, **options):
+        seen.update(options)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(fastvmt, "plans", lambda *_: ways)
+    monkeypatch.setattr(fastvmt, "transfer", stop)
+    files = ["--model", str(folder), "--ref", str(next(films(tmp_path, clip))), "--prompt", "a ball", *FLAGS]
+    for budget, way, stage in (("80", ways[0], "50.0 GB, to guide"), ("24", ways[1], "11.0 GB, to decode")):
+        assert main([*files, "--memory", budget]) == 2
+        assert (seen["offload"], seen["recompute"]) == (way.offload, way.recompute)
+        assert f"--offload {way.offload}, recompute {way.recompute}; at most {stage}" in capsys.readouterr().out
+    for flags, message in (
+        (["--memory", "8"], "got 8: try --set"),
+        (["--memory", "8", "--offload"], "keep one"),
+    ):
+        assert main([*files, *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_every_knob_can_be_set(capsys):

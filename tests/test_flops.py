@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from wan_mini import flops
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT
 
 SMALL = DiTConfig(dim=96, ffn_dim=200, num_heads=2, num_layers=4, freq_dim=64, text_dim=24, text_len=8)
 TOKENS = 2 * 8 * 12
@@ -32,15 +33,15 @@ def test_forward(block):
     assert counter.get_total_flops() == flops.forward_flops(SMALL, TOKENS, block)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_gradient(checkpoint):
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_gradient(recompute):
     """The math backend keeps logits and skips gradients of the text's keys and values; flash attention does neither."""
     model = WanDiT(SMALL).requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _, (q, k) = run(model, qk_block=3, checkpoint=checkpoint)
+        _, (q, k) = run(model, qk_block=3, recompute=recompute)
         (q * k).sum().backward()
     more = flops.block_flops(SMALL, TOKENS)[1] // 2 + 4 * TOKENS * SMALL.text_len * SMALL.dim  # of one block
-    assert counter.get_total_flops() == flops.gradient_flops(SMALL, TOKENS, 3, checkpoint) - 3 * more
+    assert counter.get_total_flops() == flops.gradient_flops(SMALL, TOKENS, 3, recompute) - 3 * more
 
 
 def test_published_sizes():
@@ -52,25 +53,19 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize("width", [2, 4])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_activation_bytes(width, checkpoint):
-    """Against the storages that autograd really keeps for two blocks more (the block being recomputed is not kept)."""
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_activation_bytes(width, recompute):
+    """Against what is really alive after the forward, of two blocks more (the block being recomputed is not, then)."""
     model = WanDiT(SMALL).requires_grad_(False)
     for name, parameter in model.named_parameters():
         if width == 2 and not any(part in name for part in FP32_PARTS):
             parameter.data = parameter.data.bfloat16()
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def kept(block):
-        storages = {}
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+            held = run(model, qk_block=block, recompute=recompute)
+        events = [event.nbytes() for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
+        return held and sum(events)
 
-        def pack(x):
-            storages[x.untyped_storage().data_ptr()] = x
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            run(model, qk_block=block, checkpoint=checkpoint)
-        return sum(x.untyped_storage().nbytes() for place, x in storages.items() if place not in weights)
-
-    modelled = [flops.activation_bytes(SMALL, TOKENS, block, width, checkpoint) for block in (1, 3)]
+    modelled = [flops.activation_bytes(SMALL, TOKENS, block, width, recompute) for block in (1, 3)]
     assert kept(3) - kept(1) == pytest.approx(modelled[1] - modelled[0], rel=0.02)

@@ -1,4 +1,4 @@
-"""The training of the tiny model: each idea by its formula, and both stages end to end on a smaller model and world."""
+"""The training of the tiny model: each idea by its formula, and all stages end to end on a smaller model and world."""
 
 import hashlib
 import itertools
@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
-from wan_mini.load import load_wan
+from wan_mini.load import load_vae, load_wan
 from wan_mini.runtime import run
-from wan_mini.tiny import loop, train, world
+from wan_mini.tiny import data, loop, train, world
 from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -31,6 +32,7 @@ DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text
 TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
 STAGES = {
     "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
+    "decoder": (train.train_decoder, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, warmup=2)),
 }
 
@@ -53,6 +55,7 @@ def small_world():
         for name, value in {"FRAMES": 17, "HEIGHT": 64, "WIDTH": 96, "KINDS": ("single", "camera")}.items():
             patch.setattr(train, name, value)
         patch.setattr(train, "VAE_PHASES", ((0.5, 1, 32, 32, 1), (1.0, 5, 32, 32, 1 / 2)))
+        patch.setattr(train, "DECODER_PHASES", ((1.0, 5, 32, 32, 1),))
         patch.setattr(
             train,
             "DIT_PHASES",
@@ -61,7 +64,7 @@ def small_world():
         patch.setattr(train, "make_clip", small_clip)
 
         def cached(job, name, clips, convert, make=small_clip):
-            parts = {train.make_picture: frames[:, :1], train.make_closeup: frames[:, :1, 16:48, 24:72]}
+            parts = {data.make_picture: frames[:, :1], data.make_closeup: frames[:, :1, 16:48, 24:72]}
             return [convert(parts.get(make, frames))], captions
 
         yield cached
@@ -69,12 +72,13 @@ def small_world():
 
 @pytest.fixture(scope="module")
 def whole(small_world, tmp_path_factory) -> Path:
-    """The work folder of both stages, each trained in one go."""
+    """The work folder of all stages, each trained in one go."""
     work = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "cached", small_world)
         for stage, (begin, _) in STAGES.items():
             begin(job(stage, work, command=f"train {stage}"))
+            shutil.copytree(work / "checkpoint", work / f"after {stage}")
     return work
 
 
@@ -90,7 +94,7 @@ def test_twenty_steps_lower_the_loss_of_the_dit(whole):
 
 def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
     """On the same frames, since the crops of one step are harder than those of another."""
-    [frames], _ = small_world(None, "", 4, lambda frames: train.to_videos(frames[:, :5], torch.device("cpu")))
+    [frames], _ = small_world(None, "", 4, lambda frames: data.to_videos(frames[:, :5], torch.device("cpu")))
     vae = WanVAE(replace(VAE, mean=(0.0,) * 16, std=(1.0,) * 16))
     losses = []
     for weights in (
@@ -105,10 +109,8 @@ def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
-    if stage == "dit":
-        (tmp_path / "checkpoint").mkdir()
-        for file in (train.VAE_FILE, "training.json"):
-            shutil.copy(whole / "checkpoint" / file, tmp_path / "checkpoint")
+    if stage != "vae":
+        shutil.copytree(whole / ("after vae" if stage == "decoder" else "after decoder"), tmp_path / "checkpoint")
     monkeypatch.setattr(train, "cached", small_world)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # about one call a step
     with pytest.raises(SystemExit, match="the same command goes on"):
@@ -119,8 +121,45 @@ def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     assert ours["losses"] == wanted["losses"]
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
-    result = {"vae": train.VAE_FILE, "dit": "diffusion_pytorch_model.safetensors"}[stage]
-    assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / "checkpoint" / result).read_bytes()
+    result = "diffusion_pytorch_model.safetensors" if stage == "dit" else train.VAE_FILE
+    assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / f"after {stage}" / result).read_bytes()
+
+
+def test_the_decoder_learns_and_the_encoder_stays(whole):
+    before, after = (load_file(whole / f"after {stage}" / train.VAE_FILE) for stage in ("vae", "decoder"))
+    changed = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert changed and all(name.startswith(("decoder.", "conv2.")) for name in changed)
+    old, new = (
+        load_vae(whole / f"after {s}" / train.VAE_FILE, device="cpu", dtype=torch.float32) for s in ("vae", "decoder")
+    )
+    assert old.config == new.config
+
+
+def test_latents_meet_their_own_captions(whole, small_world, tmp_path, monkeypatch):
+    """What reaches the loss, of pictures, clips and close-ups, beside what was rendered together."""
+    shutil.copytree(whole / "after decoder", tmp_path / "checkpoint")
+    made, seen, loss = [], [], train.flow_loss
+
+    def cached(*args):
+        made.append(small_world(*args))
+        return made[-1]
+
+    def flow_loss(dit, encoder, clean, noise, sigma, ids):
+        seen.extend(zip(clean.half().numpy(), ids.tolist()))
+        return loss(dit, encoder, clean, noise, sigma, ids)
+
+    monkeypatch.setattr(train, "cached", cached)
+    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    monkeypatch.setattr(train, "drop_captions", lambda rng, ids, empty: ids)
+    train.train_dit(job("dit", tmp_path), DIT, TEXT)
+    tokenizer, known = Tokenizer.from_file(tmp_path / "tokenizer.json"), {}
+    for (latents,), captions in made:
+        for frames in range(1, latents.shape[2] + 1):
+            for latent, caption in zip(latents[:, :, :frames], captions, strict=True):
+                rows = train.token_table(tokenizer, [caption, train.casual(caption)]).tolist()
+                known[latent.tobytes()] = [[i for i in row if i] for row in rows]
+    assert {latent.shape for latent, _ in seen} == {(16, 1, 8, 12), (16, 5, 8, 12), (16, 3, 8, 12), (16, 1, 4, 6)}
+    assert all([i for i in ids if i] in known[latent.tobytes()] for latent, ids in seen)
 
 
 def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
@@ -242,9 +281,9 @@ def test_the_vae_begins_as_a_picture_model():
 
 def test_crops_follow_the_phases():
     shards = [np.random.default_rng(0).integers(256, size=(2, 17, 64, 96, 3), dtype=np.uint8)]
-    assert train.crops(np.random.default_rng(0), shards, 0.0, 6).shape == (6, 1, 32, 32, 3)
-    assert train.crops(np.random.default_rng(0), shards, 0.5, 6).shape == (3, 5, 32, 32, 3)
-    assert len(train.crops(np.random.default_rng(0), shards, 0.999, 1)) == 1
+    assert data.crops(np.random.default_rng(0), shards, train.VAE_PHASES, 0.0, 6).shape == (6, 1, 32, 32, 3)
+    assert data.crops(np.random.default_rng(0), shards, train.VAE_PHASES, 0.5, 6).shape == (3, 5, 32, 32, 3)
+    assert len(data.crops(np.random.default_rng(0), shards, train.VAE_PHASES, 0.999, 1)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +322,7 @@ def test_token_table_is_padded_with_zeros(tokenizer):
 
 
 def test_the_cache_is_made_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "make_clip", world.make_clip)
-    monkeypatch.setattr(train, "SHARD", 2)
+    monkeypatch.setattr(data, "SHARD", 2)
     calls = []
 
     def convert(frames):
@@ -293,25 +331,23 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
 
     task = Job(Recipe(steps=1, batch=1, clips=3), tmp_path, tmp_path, torch.device("cpu"), deadline=0.0)
     with pytest.raises(SystemExit, match="paused while making corners"):
-        train.cached(task, "corners", 3, convert)
+        data.cached(task, "corners", 3, convert)
     task = Job(task.recipe, tmp_path, tmp_path, torch.device("cpu"), deadline=math.inf)
     for _ in range(2):
-        shards, captions = train.cached(task, "corners", 3, convert)
+        shards, captions = data.cached(task, "corners", 3, convert)
     clips = [world.make_clip(seed) for seed in range(3)]
     assert calls == [2, 1]
     assert np.array_equal(np.concatenate(shards), np.stack([clip.frames[:, 0, 0] for clip in clips]))
     assert captions == [clip.caption for clip in clips]
-    (pictures, last), captions = train.cached(task, "pictures", 3, lambda frames: frames, train.make_picture)
-    clips = [train.make_picture(seed) for seed in range(3)]
+    (pictures, last), captions = data.cached(task, "pictures", 3, lambda frames: frames, data.make_picture)
+    clips = [data.make_picture(seed) for seed in range(3)]
     assert np.array_equal(np.concatenate([pictures, last]), np.stack([clip.frames for clip in clips]))
     assert pictures.shape == (2, 1, world.HEIGHT, world.WIDTH, 3) and captions == [clip.caption for clip in clips]
 
 
-def test_a_closeup_is_a_part_of_its_picture_with_a_sprite(monkeypatch):
-    for name in ("FRAMES", "HEIGHT", "WIDTH", "make_clip"):
-        monkeypatch.setattr(train, name, getattr(world, name))
+def test_a_closeup_is_a_part_of_its_picture_with_a_sprite():
     for seed in range(20):
-        picture, closeup = train.make_picture(seed), train.make_closeup(seed)
+        picture, closeup = data.make_picture(seed), data.make_closeup(seed)
         assert closeup.frames.shape == (1, 64, 96, 3) and closeup.caption == picture.caption
         places = np.lib.stride_tricks.sliding_window_view(picture.frames[0], (64, 96, 3))[:, :, 0]  # (65,97,64,96,3)
         assert (places == closeup.frames[0]).all((2, 3, 4)).any()

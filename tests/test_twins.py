@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import losses
+import skip_optim
 import window
 from wan_mini import dit, flops, layouts, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
@@ -26,7 +27,8 @@ from wan_mini.tiny.grammar import grammar_tokenizer, tokenizer_json
 from wan_mini.tiny.world import make_clip
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("wan_mini/scheduler", "wan_mini/dit", "wan_mini/vae", "wan_mini/umt5", "wan_mini/tokenizer", "losses")
+MODULES = ("wan_mini/scheduler", "wan_mini/dit", "wan_mini/vae", "wan_mini/umt5", "wan_mini/tokenizer")
+MODULES += ("window", "losses", "skip_optim")
 COMPARED: set[str] = set()
 
 
@@ -381,6 +383,68 @@ def test_names_and_headers(tmp_path):
     assert ours == loops
 
 
+# 06, 07: window.py
+
+GRIDS = pytest.mark.parametrize("grid", [(3, 3, 8), (3, 5, 7), (4, 2, 9)])  # tiles divide, do not, are taller than it
+
+
+class Motion:
+    """Queries and keys of a small clip, in float64, and the pairs of its frames."""
+
+    def __init__(self, grid: tuple[int, int, int]):
+        self.loops, self.grid = naive("07_tiles_and_windows"), grid
+        self.q, self.k = (leaf(1, grid[0] * grid[1] * grid[2], 2, 4, dtype=torch.float64) for _ in range(2))
+        self.pairs = window.frame_pairs(grid[0], 2)
+        self.inputs = (self.q, self.k, grid, self.pairs)
+
+
+@twin("window.frame_pairs")
+@pytest.mark.parametrize(("frames", "span"), [(2, 1), (4, 2), (9, 4), (5, 99), (21, 4)])
+def test_frame_pairs(frames, span):
+    assert window.frame_pairs(frames, span) == naive("06_attention_motion_flow").frame_pairs(frames, span)
+
+
+@twin("window.dense_amf")
+@GRIDS
+def test_dense_amf(grid):
+    case = Motion(grid)
+    slow, flow = case.loops.flow.dense_amf(*case.inputs, 3.0), window.dense_amf(*case.inputs, tau=3.0)
+    same(slow, flow, [case.q, case.k], limit=1e-11)
+
+
+@twin("window.tile_centres")
+@GRIDS
+@pytest.mark.parametrize("kind", ["argmax", "soft"])
+def test_tile_centres(grid, kind):
+    case = Motion(grid)
+    centres = window.tile_centres(*case.inputs, kind=kind, tau=1.5)
+    same(case.loops.tile_centres(*case.inputs, (3, 4), kind, 1.5), centres, limit=1e-11)
+    assert not centres.requires_grad  # Eq. 4 has no gradient, and of Eq. 2 none is wanted
+
+
+@twin("window.place_windows")
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 30])
+def test_place_windows(size):
+    """Centres between tokens are rounded half up; at the border the window is shifted into the frame."""
+    grid, loops = (1, 7, 9), naive("07_tiles_and_windows")
+    centres = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
+    centres[:2] = torch.tensor([[2.5, 3.5], [3.5, 4.5]])
+    wanted = [loops.window_keys(centre, grid, size) for centre in centres]
+    assert window.place_windows(centres, grid, size).tolist() == wanted
+
+
+@twin("window.windowed_amf")
+@GRIDS
+@pytest.mark.parametrize("size", [1, 4, 7])
+def test_windowed_amf(grid, size):
+    case = Motion(grid)
+    centres = case.loops.tile_centres(*case.inputs, (3, 4))
+    slow, slow_windows = case.loops.windowed_amf(*case.inputs, 3.0, (3, 4), size, centres)
+    flow, windows = window.windowed_amf(*case.inputs, tau=3.0, window=size)
+    assert torch.equal(windows, slow_windows)
+    same(slow, flow, [case.q, case.k], limit=1e-11)
+
+
 # 08: losses.py
 
 
@@ -402,6 +466,27 @@ def test_losses(frames, span):
     same(tracking_loss(loops), tracking_loss(losses), [k], limit=1e-9)
     parts = flow_loss(losses), tracking_loss(losses)
     same(loops.total_loss(*parts, (1.0, 10.0)), losses.total_loss(*parts, (1.0, 10.0)), [q, k], limit=1e-9)
+
+
+# 09: skip_optim.py
+
+
+@twin("skip_optim.optimise", "skip_optim.Report")
+@pytest.mark.parametrize(("steps", "interval"), [(10, 3), (10, 1), (1, 1), (7, 2), (4, 9)])
+def test_optimise(steps, interval):
+    loops, (x, target), calls = naive("09_gradient_reuse"), torch.randn(2, 3, 4), []
+
+    def loss(x: Tensor) -> Tensor:
+        calls.append(x)
+        return ((x - target) ** 4).sum() + torch.sin(3 * x).sum()
+
+    def gradient(x: Tensor) -> Tensor:
+        return 4 * (x - target) ** 3 + 3 * torch.cos(3 * x)
+
+    ours, report = skip_optim.optimise(x, loss, steps=steps, interval=interval, lr=(0.02, 0.01))
+    assert report.gradients == len(calls) == -(-steps // interval)
+    same(loops.optimise(x, gradient, steps, interval, (0.02, 0.01)), ours)
+    assert report.losses == pytest.approx(loops.report(x, loss, gradient, steps, interval, (0.02, 0.01)), rel=1e-5)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,14 +1,14 @@
-"""Window and dense AMF against plain loops, against each other, and on motions whose flow is known exactly."""
+"""Window and dense AMF against each other, and on motions whose flow is known exactly; test_twins.py has the loops."""
 
-import loops as naive
 import pytest
 import torch
+from naive import naive
 from torch.profiler import ProfilerActivity, profile
 
 import window
 from window import dense_amf, frame_pairs, place_windows, tile_centres, windowed_amf
 
-GRIDS = [(3, 3, 8), (3, 5, 7), (4, 2, 9)]  # tiles divide, do not divide, are taller than the frame
+loops = naive("07_tiles_and_windows")
 
 
 def random_qk(grid, heads=2, width=4, dtype=torch.float64):
@@ -37,36 +37,7 @@ def test_pairs():
         frame_pairs(1, 4)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-def test_dense_equals_loops(grid):
-    q, k = random_qk(grid)
-    pairs = frame_pairs(grid[0], 2)
-    assert_same(dense_amf(q, k, grid, pairs, tau=3.0), naive.dense_amf(q, k, grid, pairs, 3.0), q, k)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("size", [1, 4, 7])
-def test_windowed_equals_loops(grid, size):
-    q, k = random_qk(grid)
-    pairs = frame_pairs(grid[0], 2)
-    centres = naive.tile_centres(q, k, grid, pairs, (3, 4))
-    flow, windows = windowed_amf(q, k, grid, pairs, tau=3.0, window=size)
-    slow, slow_windows = naive.windowed_amf(q, k, grid, pairs, 3.0, (3, 4), size, centres)
-    assert torch.equal(windows, slow_windows)
-    assert_same(flow, slow, q, k)
-
-
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("kind", ["argmax", "soft"])
-def test_centres_equal_loops(grid, kind):
-    q, k = random_qk(grid)
-    pairs = frame_pairs(grid[0], 2)
-    centres = tile_centres(q, k, grid, pairs, kind=kind, tau=1.5)
-    torch.testing.assert_close(centres, naive.tile_centres(q, k, grid, pairs, (3, 4), kind, 1.5).detach())
-    assert not centres.requires_grad
-
-
-@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("grid", [(3, 3, 8), (3, 5, 7), (4, 2, 9)])  # tiles divide, do not, are taller than it
 def test_window_as_large_as_the_frame_is_dense(grid):
     q, k = random_qk(grid)
     pairs = frame_pairs(grid[0], 2)
@@ -158,21 +129,12 @@ def test_every_window_is_distinct_keys_in_the_frame_around_its_centre(size):
     assert (windows == torch.arange(1560)[:, None]).any(-1).all()  # holds its centre
 
 
-def test_windows_of_fractional_centres_equal_loops():
-    """Rounded half up, not down: soft centres lie between tokens."""
-    grid = (1, 7, 9)
-    centres = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
-    for size in (1, 2, 3, 8):
-        wanted = [naive.window_keys(centre, grid, size) for centre in centres]
-        assert place_windows(centres, grid, size).tolist() == wanted
-
-
 def test_uniform_attention_points_to_the_middle_of_the_window():
     grid = (2, 6, 8)
     q, k = torch.zeros(1, 96, 2, 4), torch.randn(1, 96, 2, 4)
     flow, windows = windowed_amf(q, k, grid, [(0, 1)], window=3)
     places = torch.stack([torch.arange(48) // 8, torch.arange(48) % 8], -1).float()
-    for p, (tokens, _) in enumerate(naive.tiles_of(grid, (3, 4))):
+    for p, (tokens, _) in enumerate(loops.tiles_of(grid, (3, 4))):
         middle = places[windows[0, p]].mean(0)
         torch.testing.assert_close(flow[0, tokens], middle - places[tokens])
 
@@ -181,9 +143,9 @@ def test_sharp_attention_is_the_argmax_in_the_window():
     grid = (2, 6, 8)
     q, k = random_qk(grid)
     flow, windows = windowed_amf(q, k, grid, [(0, 1)], tau=1e6, window=3)
-    for p, (tokens, _) in enumerate(naive.tiles_of(grid, (3, 4))):
+    for p, (tokens, _) in enumerate(loops.tiles_of(grid, (3, 4))):
         for u in tokens:
-            best = max(windows[0, p].tolist(), key=lambda s: naive.logits(q, k, u, 48 + s).item())
+            best = max(windows[0, p].tolist(), key=lambda s: loops.flow.logits(q, k, u, 48 + s).item())
             wanted = torch.tensor([best // 8 - u // 8, best % 8 - u % 8]).double()
             torch.testing.assert_close(flow[0, u], wanted)
 

@@ -7,15 +7,22 @@ original: the time MLP (bfloat16 holds 8 bits, timesteps go to 1000), the modula
 the residual stream with its gates (thirty small updates would round away), and the head. Norms are float32 inside.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from wan_mini.config import DiTConfig
 
 EPS = 1e-6
 FP32_PARTS = ("time_embedding", "time_projection", "modulation", "norm", "head.")  # parameters that stay float32
+# What a backward computes again instead of keeping it: nothing; of each block all but the outputs of its attention,
+# which cost the most and take the least memory; or each block whole. Gradients are the same.
+RECOMPUTE = ("none", "selective", "block")
+KERNELS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+ATTENTION = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in KERNELS]
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -60,6 +67,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v over all heads: (B,N,M,D), (B,L,M,D), (B,L,M,D) -> (B,N,C)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,N,M,D) -> (B,M,N,D)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # -> (B,N,M,D) -> (B,N,C)
+
+
+def _run_block(block: nn.Module, recompute: str, *inputs: Tensor) -> Tensor:
+    """block(*inputs), of whose activations only what `recompute` leaves is kept for a backward."""
+    if recompute == "none":
+        return block(*inputs)
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, ATTENTION)} if recompute == "selective" else {}
+    return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **kept)
 
 
 class RMSNorm(nn.Module):
@@ -182,19 +197,21 @@ class WanDiT(nn.Module):
         return tuple(n // p for n, p in zip(latents.shape[2:], patch))
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, *, qk_block: int | None = None, checkpoint: bool = False
+        self, latents: Tensor, timestep: Tensor, text: Tensor, *, qk_block: int | None = None, recompute: str = "none"
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of noisy latents, or the queries and keys of one block.
 
         latents (B,16,F,2H,2W); timestep (B,) in [0,1000], best left on the CPU; text (B,L<=text_len,text_dim), here
-        zero-padded to text_len and not masked, as in training. checkpoint=True recomputes each block in the backward.
+        zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
         and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs.
-        Raises ValueError on latents that do not patchify, too long a text, or a block that does not exist.
+        Raises ValueError on latents that do not patchify, too long a text, a block or a policy that does not exist.
         """
         grid = self.grid(latents)
         if qk_block is not None and not 0 <= qk_block < len(self.blocks):
             raise ValueError(f"qk_block must be in 0..{len(self.blocks) - 1}, got {qk_block}")
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute}")
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))  # (B,16,F,2H,2W) -> (B,C,F,H,W)
         x = x.flatten(2).transpose(1, 2).float()  # (B,C,F,H,W) -> (B,N,C), raster order
         rope = rope_table(grid, self.config.dim // self.config.num_heads, x.device)
@@ -203,8 +220,7 @@ class WanDiT(nn.Module):
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B,6C) -> (B,6,C)
         text = self.embed_text(text)
         for block in self.blocks[:qk_block]:
-            inputs = (x, modulation, text, rope)
-            x = recompute(block, *inputs, use_reentrant=False) if checkpoint else block(*inputs)
+            x = _run_block(block, recompute, x, modulation, text, rope)
         if qk_block is not None:
             return self.blocks[qk_block].qk(x, modulation, rope)
         return self.unpatchify(self.head(x, time), grid)

@@ -43,22 +43,29 @@ def forward_flops(config: DiTConfig, tokens: int, qk_block: int | None = None) -
     return edge_flops(config, tokens) + blocks * sum(block_flops(config, tokens)) + end
 
 
-def gradient_flops(config: DiTConfig, tokens: int, qk_block: int, checkpoint: bool = False) -> int:
+def gradient_flops(config: DiTConfig, tokens: int, qk_block: int, recompute: str = "none") -> int:
     """Forward to q and k of a block and backward to the latents, weights frozen.
 
     A linear layer's backward costs its forward once; attention's twice, plus the logits that flash attention recomputes
-    (2.5 times). The text's key and value layers depend on no latent and need none. checkpoint runs the blocks twice.
+    (2.5 times). The text's key and value layers depend on no latent and need none. recompute: see dit.RECOMPUTE.
     """
     linear, attention = block_flops(config, tokens)
     text = 4 * config.text_len * config.dim * config.dim
     patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
     ends = 2 * tokens * config.dim * (config.in_dim * patch + 2 * config.dim)
     backward = qk_block * (linear - text + 5 * attention // 2) + ends
-    again = qk_block * (linear + attention) if checkpoint else 0
+    again = qk_block * {"none": 0, "selective": linear, "block": linear + attention}[recompute]
     return forward_flops(config, tokens, qk_block) + backward + again
 
 
-def activation_bytes(config: DiTConfig, tokens: int, qk_block: int, width: int, checkpoint: bool = False) -> int:
-    """What autograd keeps between forward and backward of a gradient; width: bytes of a weight, 2 or 4."""
+def activation_bytes(config: DiTConfig, tokens: int, qk_block: int, width: int, recompute: str = "none") -> int:
+    """What autograd keeps between forward and backward of a gradient; width: bytes of a weight, 2 or 4.
+
+    Where blocks are recomputed, their inputs, the kept outputs of both attentions (with a float32 sum for each token
+    and head), and, during its own backward, all of one block.
+    """
     block = int(tokens * (SAVED_BYTES[width] * config.dim + width * config.ffn_dim))
-    return block + 4 * tokens * config.dim * qk_block if checkpoint else block * qk_block
+    if recompute == "none":
+        return block * qk_block
+    kept = 2 * tokens * (width * config.dim + 4 * config.num_heads) if recompute == "selective" else 0
+    return block + qk_block * (4 * tokens * config.dim + kept)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from wan_mini.dit import WanDiT
 from wan_mini.load import Wan, load_vae, load_wan
+from wan_mini.offload import resident
 from wan_mini.runtime import (
     DTYPES,
     Parser,
@@ -22,7 +23,6 @@ from wan_mini.runtime import (
     load_tensors,
     pick_device,
     pick_dtype,
-    resident,
     run,
     save_tensors,
 )
@@ -43,13 +43,14 @@ SHIFT_AND_CFG = {"Wan2.1-T2V-14B": (5.0, 5.0), "tiny": (3.0, 3.0)}  # others: 1.
 
 
 @torch.no_grad()
-def encode_prompts(wan: Wan, prompts: list[str], device: torch.device) -> list[Tensor]:
+def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, blocks: bool = True) -> list[Tensor]:
     """Text vectors of each prompt, (1, L, text_dim), cut to the prompt's own length L <= text_len.
 
     A prompt that is too long loses its end, not its end-of-text token; the empty prompt is that token alone.
+    blocks: see offload.resident.
     """
     limit, texts = wan.dit.config.text_len, []
-    with resident(wan.text_encoder, device):
+    with resident(wan.text_encoder, device, blocks=blocks):
         for prompt in prompts:
             ids = wan.tokenizer.encode(clean_prompt(prompt))
             if len(ids) > limit:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from wan_mini.layouts import find_parts
@@ -55,15 +55,9 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-@contextmanager
-def resident(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Keep a module on the device inside the block, and where it came from outside of it."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """A second queue of work for a GPU; None for other devices, which have one."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
 
 
 class Stages:

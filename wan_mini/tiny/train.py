@@ -1,7 +1,8 @@
-"""Train the tiny Wan from a seed to a checkpoint, with two commands:
+"""Train the tiny Wan from a seed to a checkpoint, with three commands:
 
-    python -m wan_mini.tiny.train vae    the VAE, on pictures, then on short clips
-    python -m wan_mini.tiny.train dit    DiT and text encoder, on that VAE's latents of pictures, then of clips
+    python -m wan_mini.tiny.train vae        the VAE, on pictures, then on short clips
+    python -m wan_mini.tiny.train decoder    its decoder alone, for sharper videos from the same latents
+    python -m wan_mini.tiny.train dit        DiT and text encoder, on that VAE's latents of pictures, then of clips
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
 alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
@@ -14,12 +15,10 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,6 @@ import torch.nn.functional as F
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
@@ -36,9 +34,10 @@ from wan_mini.generate import SHIFT_AND_CFG, decode, generate
 from wan_mini.load import Wan, load_vae, save_wan
 from wan_mini.runtime import Parser, digest, pick_device, run
 from wan_mini.scheduler import FlowEuler, shift_sigma
+from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
-from wan_mini.tiny.loop import Job, Recipe, Training, replace_file
-from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, Clip, make_clip
+from wan_mini.tiny.loop import Job, Recipe, Training
+from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
@@ -53,26 +52,32 @@ VAE_PHASES = (  # until this share of the steps: frames, height and width of the
     (0.93, 5, 64, 64, 1 / 2),
     (1.0, 17, HEIGHT, WIDTH, 1 / 16),  # whole frames, because the attention in the middle looks at all positions
 )
+DECODER_PHASES = (
+    (0.9, 5, 64, 64, 1 / 2),
+    (1.0, 17, HEIGHT, WIDTH, 1 / 16),
+)
 DIT_PHASES = (  # until this share of the steps, in turns: which latents, how many frames, and how many per --batch
-    (0.15, [("pictures", 1, 8)]),  # what things look like, at a ninth of a clip's tokens and less attention
-    (0.257, [("clips", 3, 2)]),  # how they begin to move: latents are causal, so a clip's first are a shorter clip's
-    (0.4285, [("clips", 9, 1)]),
-    (0.518, [("closeups", 1, 32)]),  # which word means which shape, drawn large
+    (0.105, [("pictures", 1, 8)]),  # what things look like, at a ninth of a clip's tokens and less attention
+    (0.18, [("clips", 3, 2)]),  # how they begin to move: latents are causal, so a clip's first are a shorter clip's
+    (0.3, [("clips", 9, 1)]),
+    (0.3626, [("closeups", 1, 32)]),  # which word means which shape, drawn large
     (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # all of it
 )
-SHARD = 64  # clips in a file of the cache
 PER_CLIP = {"pictures": 4, "clips": 1, "closeups": 8}  # latents of each sort that the DiT is trained on, per --clips
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
-RECIPES = {  # clips are coarser samples than pictures, fewer to a batch: they want a quarter of the rate
+RECIPES = {
+    # Clips are coarser samples than pictures, fewer to a batch: they want a quarter of the rate.
     "vae": Recipe(steps=1500, batch=16, clips=1024, decay=((0, 1), (0.3, 0.25), (1, 0))),
+    "decoder": Recipe(steps=600, batch=16, clips=1024, lr=5e-3, adam_lr=7.5e-4),
+    # 2,400 steps, down to rate 0, were too few, and 5,600 still: so the rate rose again, twice.
     "dit": Recipe(
-        steps=5600,
+        steps=8000,
         batch=8,
         clips=1024,
         lr=0.03,
         ema=0.998,
-        decay=((0, 1), (0.15, 0.6), (0.4285, 0), (0.439, 0.6), (1, 0)),
-    ),  # fmt: skip
+        decay=((0, 1), (0.105, 0.6), (0.3, 0), (0.3075, 0.6), (0.7, 0), (0.709, 0.6), (1, 0)),
+    ),
 }
 
 
@@ -157,83 +162,7 @@ def good_start(vae: WanVAE) -> WanVAE:
     return vae
 
 
-# The data: rendered once, by many processes, into a cache of shards on disk.
-
-
-def cached(
-    job: Job,
-    name: str,
-    clips: int,
-    convert: Callable[[np.ndarray], np.ndarray],
-    make: Callable[[int], Clip] = make_clip,
-) -> tuple[list[np.ndarray], list[str]]:
-    """Render training clips and keep what `convert` makes of their frames (n,T,H,W,3): memory-mapped shards.
-
-    Also returns the captions. Shards that are there are not made again. Raises SystemExit when the time is over.
-    """
-    folder = job.work / name
-    folder.mkdir(parents=True, exist_ok=True)
-    ranges = [range(at, min(at + SHARD, clips)) for at in range(0, clips, SHARD)]
-    files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}
-    missing = [seeds for seeds in ranges if not files[seeds].exists()]
-    with ProcessPoolExecutor(job.workers, mp_context=get_context("spawn")) as pool:  # a GPU does not survive a fork
-        ahead = pool.map(make, missing[0] if missing else ())
-        for seeds, following in tqdm(list(zip(missing, [*missing[1:], ()])), desc=name, unit="shard"):
-            clips, ahead = list(ahead), pool.map(make, following)  # rendered while these are converted
-            captions = "\n".join(clip.caption for clip in clips)
-            files[seeds].with_suffix(".txt").write_text(captions + "\n", encoding="utf-8")
-            replace_file(files[seeds], partial(np.save, arr=convert(np.stack([clip.frames for clip in clips]))))
-            if time.monotonic() > job.deadline:
-                raise SystemExit(f"paused while making {name}: the same command goes on")
-    texts = [file.with_suffix(".txt").read_text(encoding="utf-8").splitlines() for file in files.values()]
-    return [np.load(file, mmap_mode="r") for file in files.values()], sum(texts, [])
-
-
-def make_picture(seed: int) -> Clip:
-    """One frame of some clip for training, not always its first, where motions begin."""
-    return make_clip(seed, frames=[seed % FRAMES])
-
-
-def make_closeup(seed: int) -> Clip:
-    """A quarter of a picture, somewhere around a sprite if it has one."""
-    clip, rng = make_picture(seed), np.random.default_rng(seed)
-    points = clip.tracks[clip.owners >= 0, 0]  # (points,T,2) -> (n,2)
-    middle = rng.choice(points) if len(points) else (HEIGHT / 2, WIDTH / 2)
-    size = np.array([HEIGHT, WIDTH]) // 2
-    top, left = (middle - size * rng.uniform(0.3, 0.7, 2)).clip(0, size).astype(int)
-    return replace(clip, frames=clip.frames[:, top : top + size[0], left : left + size[1]])
-
-
-def to_videos(frames: np.ndarray, device: torch.device) -> Tensor:
-    """Clips (B,T,H,W,3) uint8 -> videos (B,3,T,H,W) in [-1,1], converted on the device."""
-    return torch.tensor(frames, device=device).movedim(-1, 1).float() / 127.5 - 1
-
-
-@torch.no_grad()
-def encode(vae: WanVAE, device: torch.device, frames: np.ndarray) -> np.ndarray:
-    """Clips (n,T,H,W,3) uint8 -> latents (n,16,F,h,w) float16, 8 clips at a time."""
-    parts = [vae.encode(to_videos(frames[at : at + 8], device)) for at in range(0, len(frames), 8)]
-    return torch.cat(parts).half().cpu().numpy()
-
-
-def crops(rng: Generator, shards: list[np.ndarray], progress: float, batch: int) -> np.ndarray:
-    """Random pieces (B,T,h,w,3) of random clips, as large as this share of the steps wants them.
-
-    Each is the one of 3 in which most changes from first to last frame: on much of a clip nothing moves.
-    """
-    _, frames, height, width, share = next(phase for phase in VAE_PHASES if progress < phase[0])
-    out = []
-    for _ in range(max(1, round(batch * share))):
-        some = []
-        for _ in range(3):
-            shard = shards[rng.integers(len(shards))]
-            t, y, x = rng.integers((FRAMES - frames + 1, HEIGHT - height + 1, WIDTH - width + 1))
-            some.append(shard[rng.integers(len(shard)), t : t + frames, y : y + height, x : x + width])
-        out.append(max(some, key=lambda crop: np.abs(crop[-1].astype(int) - crop[0]).sum()))
-    return np.stack(out)
-
-
-# The two stages.
+# The stages.
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
@@ -248,48 +177,86 @@ def halved(module: nn.Module) -> nn.Module:
     return module.cpu().half()
 
 
+def fit_vae(name: str, job: Job, vae: WanVAE, phases: Sequence[tuple], shards: list[np.ndarray]) -> Training:
+    """Train what needs a gradient of a VAE; its average comes out rounded to the float16 in which it is stored."""
+    training, unseen = Training(name, job, vae), unseen_clips()
+
+    def loss_of(vae: WanVAE, step: int, rng: Generator) -> Tensor:
+        frames = crops(rng, shards, phases, step / job.recipe.steps, job.recipe.batch)
+        return vae_loss(vae, to_videos(frames, job.device), partial(normal, rng))
+
+    def sheet() -> np.ndarray:
+        rows = np.stack([unseen, restore(training.ema, unseen)], axis=1)[:, :, ::4]  # two (n,9,H,W,3) -> (n,2,3,H,W,3)
+        return rows.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3 * WIDTH, 3)  # -> (n,2,H,3,W,3) -> (2nH,3W,3)
+
+    training.run(loss_of, sheet)
+    training.ema.load_state_dict(halved(deepcopy(training.ema)).state_dict())
+    return training
+
+
+def unseen_clips() -> np.ndarray:
+    """The beginning of a clip of each kind that training never sees: (n,9,H,W,3) uint8."""
+    return np.stack([make_clip(UNSEEN + i, kind, frames=range(9)).frames for i, kind in enumerate(KINDS)])
+
+
+@torch.no_grad()
+def restore(vae: WanVAE, frames: np.ndarray) -> np.ndarray:
+    """Clips (n,T,H,W,3) uint8 through encoder and decoder."""
+    videos = vae.decode(vae.encode(to_videos(frames, vae.conv1.weight.device)))
+    return np.stack([from_model(video[None]) for video in videos])
+
+
+def store_vae(training: Training) -> None:
+    """Write the VAE to the checkpoint folder, and how good it is."""
+    vae, unseen = training.ema, unseen_clips()
+    error = np.square(restore(vae, unseen) / 255.0 - unseen / 255.0).mean()
+    training.job.folder.mkdir(parents=True, exist_ok=True)
+    save_file(halved(vae).state_dict(), training.job.folder / VAE_FILE, {"config": json.dumps(asdict(vae.config))})
+    training.report(**{"PSNR of four unseen clips": f"{-10 * np.log10(error):.2f} dB"})
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, device: torch.device, frames: np.ndarray) -> np.ndarray:
+    """Clips (n,T,H,W,3) uint8 -> latents (n,16,F,h,w) float16, 8 clips at a time."""
+    parts = [vae.encode(to_videos(frames[at : at + 8], device)) for at in range(0, len(frames), 8)]
+    return torch.cat(parts).half().cpu().numpy()
+
+
 def train_vae(job: Job, config: VAEConfig = TINY_VAE) -> None:
     """Train the VAE, measure the statistics of its latents, write it to the checkpoint folder."""
     plain = replace(config, mean=(0.0,) * config.z_dim, std=(1.0,) * config.z_dim)
     shards, _ = cached(job, "frames", job.recipe.clips, lambda frames: frames)
-    training = Training("vae", job, seeded(job.seed, lambda: good_start(WanVAE(plain))))
-    unseen = np.stack([make_clip(UNSEEN + i, kind, frames=range(9)).frames for i, kind in enumerate(KINDS)])
-
-    def loss_of(vae: WanVAE, step: int, rng: Generator) -> Tensor:
-        video = to_videos(crops(rng, shards, step / job.recipe.steps, job.recipe.batch), job.device)
-        return vae_loss(vae, video, partial(normal, rng))
-
-    def reconstruct() -> np.ndarray:
-        with torch.no_grad():
-            videos = training.ema.decode(training.ema.encode(to_videos(unseen, job.device)))
-        return np.stack([from_model(video[None]) for video in videos])
-
-    def sheet() -> np.ndarray:
-        rows = np.stack([unseen, reconstruct()], axis=1)[:, :, ::4]  # (n,9,H,W,3) twice -> (n,2,3,H,W,3)
-        return rows.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3 * WIDTH, 3)  # -> (n,2,H,3,W,3) -> (2nH,3W,3)
-
-    training.run(loss_of, sheet)
-    vae = training.ema
-    vae.load_state_dict(halved(deepcopy(vae)).state_dict())  # from here on as rounded as it is stored
-    latents = encode(vae, job.device, shards[0]).astype(np.float32)  # (n,16,F,h,w)
+    training = fit_vae("vae", job, seeded(job.seed, lambda: good_start(WanVAE(plain))), VAE_PHASES, shards)
+    latents = encode(training.ema, job.device, shards[0]).astype(np.float32)  # (n,16,F,h,w)
     mean, std = (f(latents, axis=(0, 2, 3, 4)).tolist() for f in (np.mean, np.std))  # -> (16,) each
-    vae.config = replace(config, mean=tuple(mean), std=tuple(std))
-    error = np.square(reconstruct() / 255.0 - unseen / 255.0).mean()
-    job.folder.mkdir(parents=True, exist_ok=True)
-    save_file(halved(vae).state_dict(), job.folder / VAE_FILE, {"config": json.dumps(asdict(vae.config))})
-    training.report(**{"PSNR of four unseen clips": f"{-10 * np.log10(error):.2f} dB"})
+    training.ema.config = replace(config, mean=tuple(mean), std=tuple(std))
+    store_vae(training)
+
+
+def train_decoder(job: Job) -> None:
+    """Train the decoder of the checkpoint's VAE, and nothing else: a DiT of its latents stays right."""
+    vae = stored_vae(job)
+    for part in (vae.conv2, vae.decoder):
+        part.requires_grad_()
+    shards, _ = cached(job, "frames", job.recipe.clips, lambda frames: frames)
+    store_vae(fit_vae("decoder", job, vae, DECODER_PHASES, shards))
+
+
+def stored_vae(job: Job) -> WanVAE:
+    """The checkpoint's VAE in float32. Raises FileNotFoundError if there is none."""
+    if not (file := job.folder / VAE_FILE).exists():
+        raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --folder first")
+    return load_vae(file, device=job.device, dtype=torch.float32)
 
 
 def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
     """Train DiT and text encoder together on the latents of training clips; complete the checkpoint folder."""
-    if not (file := job.folder / VAE_FILE).exists():
-        raise FileNotFoundError(f"{file} does not exist: run the stage vae with the same --folder first")
-    vae = load_vae(file, device=job.device, dtype=torch.float32)
+    vae, code = stored_vae(job), digest(job.folder / VAE_FILE)[:8]
     shards, captions, coder = {}, {}, partial(encode, vae, job.device)
     for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
-        folder, count = f"{name}-{digest(file)[:8]}", PER_CLIP[name] * job.recipe.clips
+        folder, count = f"{name}-{code}", PER_CLIP[name] * job.recipe.clips
         shards[name], captions[name] = cached(job, folder, count, coder, make)
-    texts = captions["pictures"] + captions["clips"]
+    texts = captions["pictures"] + captions["clips"]  # close-ups show the same scenes, and some more
     texts = [*texts, *map(casual, texts)]
     (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
     tokenizer = Tokenizer.from_file(job.work / "tokenizer.json")
@@ -323,7 +290,7 @@ def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) 
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: first vae, then dit.")
+    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, then decoder, then dit.")
     p.add_argument("stage", choices=list(RECIPES))
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--folder", type=Path, default=Path("wan_mini/tiny/checkpoint"), help="the result (%(default)s)")
@@ -347,7 +314,7 @@ def program(argv: list[str] | None) -> None:
     command = shlex.join(["python", "-m", "wan_mini.tiny.train", *(sys.argv[1:] if argv is None else argv)])
     recipe, deadline = replace(RECIPES[args.stage], **given), time.monotonic() + 60 * args.minutes
     job = Job(recipe, args.work, args.folder, pick_device(args.device), args.seed, args.workers, deadline, command)
-    {"vae": train_vae, "dit": train_dit}[args.stage](job)
+    {"vae": train_vae, "decoder": train_decoder, "dit": train_dit}[args.stage](job)
 
 
 if __name__ == "__main__":
