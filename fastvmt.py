@@ -33,7 +33,7 @@ from wan_mini.flops import activation_bytes, forward_flops, gradient_flops
 from wan_mini.generate import NEGATIVE, decode, encode_prompts, guided_velocity
 from wan_mini.load import Wan, load_vae, load_wan, outline
 from wan_mini.offload import OFFLOAD, resident
-from wan_mini.plan import as_loaded, choose, plans
+from wan_mini.plan import Plan, as_loaded, choose, plans
 from wan_mini.preview import side_by_side, with_arrows
 from wan_mini.runtime import (
     DTYPES,
@@ -166,18 +166,19 @@ def transfer(
     seed: int = 0,
     negative: str = NEGATIVE,
     device: torch.device | str = "cpu",
-    offload: str = "none",
+    blocks: bool = True,
     recompute: str | None = None,
     on_latents: Callable[[Transfer], None] = lambda result: None,
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`.
 
-    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works, wherever
-    it is now, with offload="blocks" (offload.OFFLOAD) block by block. recompute: of dit.RECOMPUTE; None: what fits.
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16; each part of `wan` is on `device` while it works;
+    blocks=False: of transformer and text encoder only the blocks at work (offload.py). recompute: one of dit.RECOMPUTE,
+    None for the least that fits.
     on_latents gets the result before it is decoded, so that a failure there loses nothing.
     Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
     """
-    device, blocks = torch.device(device), offload != "blocks"
+    device = torch.device(device)
     stage = Stages(device)
     with stage("text"):
         prompts = [prompt, negative, ""]  # the last is no text at all
@@ -391,9 +392,14 @@ def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     return rounded
 
 
+def foresee(parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype) -> list[Plan]:
+    """The memory of every way to run a transfer, for weightless parts."""
+    as_loaded(parts, dtype)
+    return plans(parts, config, partial(one_gradient, config=config))
+
+
 def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, dtype: torch.dtype) -> None:
     """Print what a run would cost, from the sizes of the parts alone."""
-    as_loaded(parts, dtype)
     c, dit = config, parts["dit"].config
     f, h, w = (c.frames - 1) // 4 + 1, c.height // 16, c.width // 16
     tokens, block = f * h * w, c.block_of(parts["dit"])
@@ -409,7 +415,7 @@ def dry_run(name: str, parts: dict[str, torch.nn.Module], config: MotionConfig, 
     print(f"evaluations  {gradients} gradients for {updates} latent updates")
     print(f"operations   denoising {plain / 1e12:,.1f} TFLOP, guidance {guidance / 1e12:,.1f} TFLOP")
     print(f"memory of a GPU in GB, weights in {dtype}, by what is offloaded and what a gradient recomputes:")
-    found = plans(parts, c, partial(one_gradient, config=c))
+    found = foresee(parts, c, dtype)
     print(" ".join(f"{head:>9}" for head in ("offload", "recompute", *found[0].stages)))
     for way in found:
         cells = way.offload, way.recompute, *(f"{n:.2f}" for n in way.stages.values())
@@ -420,8 +426,7 @@ def fit_memory(args: Namespace, parts: dict[str, torch.nn.Module], config: Motio
     """Set --offload to what fits into --memory, and return what a gradient must recompute."""
     if args.offload != "none":
         raise ValueError(f"--memory chooses what to offload, got --offload {args.offload} too: keep one")
-    as_loaded(parts, dtype)
-    plan = choose(plans(parts, config, partial(one_gradient, config=config)), args.memory)
+    plan = choose(foresee(parts, config, dtype), args.memory)
     stage = max(plan.stages, key=plan.stages.get)
     print(f"memory: --offload {plan.offload}, recompute {plan.recompute}; at most {plan.peak:.1f} GB, to {stage}")
     args.offload = plan.offload
@@ -504,7 +509,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         (folder / "run.json").write_text(record + "\n", encoding="utf-8")
 
     options = {"seed": args.seed, "negative": args.negative, "device": device}
-    options |= {"offload": args.offload, "recompute": args.recompute}
+    options |= {"blocks": args.offload != "blocks", "recompute": args.recompute}
     result = transfer(wan, clip, args.prompt, config, **options, on_latents=save)
     save(result)  # again, with the costs of decoding
     panels = {"reference": (clip, result.flows[0]), "result": (result.frames, result.flows[1])}

@@ -194,7 +194,7 @@ def test_bfloat16_weights_keep_the_latents_in_float32(folder, wan, clip):
 def test_offloading_and_recomputing_change_no_bit(wan, clip, recompute):
     options = {"config": replace(SMALL, steps=2), "seed": 1}
     plain = transfer(wan, clip, "a ball", **options)
-    lean = transfer(wan, clip, "a ball", **options, offload="blocks", recompute=recompute)
+    lean = transfer(wan, clip, "a ball", **options, blocks=False, recompute=recompute)
     assert torch.equal(plain.latents, lean.latents) and np.array_equal(plain.frames, lean.frames)
     assert plain.report["recompute"] == "none" and lean.report["recompute"] == recompute
 
@@ -312,6 +312,7 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
 def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch):
     """From a budget to the arguments of transfer; what they do is tested above, what is foreseen in test_plan.py."""
     ways = [Plan("none", "none", {"guide": 50, "decode": 9}), Plan("parts", "block", {"guide": 9, "decode": 11})]
+    ways.append(Plan("blocks", "selective", {"guide": 8, "decode": 10}))
     seen = {}
 
     def stop(*args, **options):
@@ -321,9 +322,10 @@ def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch)
     monkeypatch.setattr(fastvmt, "plans", lambda *_: ways)
     monkeypatch.setattr(fastvmt, "transfer", stop)
     files = ["--model", str(folder), "--ref", str(next(films(tmp_path, clip))), "--prompt", "a ball", *FLAGS]
-    for budget, way, stage in (("80", ways[0], "50.0 GB, to guide"), ("24", ways[1], "11.0 GB, to decode")):
+    said = ("50.0 GB, to guide", "11.0 GB, to decode", "10.0 GB, to decode")
+    for budget, way, stage in zip(("80", "24", "12"), ways, said):
         assert main([*files, "--memory", budget]) == 2
-        assert (seen["offload"], seen["recompute"]) == (way.offload, way.recompute)
+        assert (seen["blocks"], seen["recompute"]) == (way.offload != "blocks", way.recompute)
         assert f"--offload {way.offload}, recompute {way.recompute}; at most {stage}" in capsys.readouterr().out
     for flags, message in (
         (["--memory", "8"], "got 8: try --set"),

@@ -1,14 +1,13 @@
 """Memory that is foreseen, beside memory that is used."""
 
 from functools import partial
-from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.common import logged_peak
 from fastvmt import MotionConfig, one_gradient
 from wan_mini import plan
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
@@ -31,18 +30,6 @@ def parts(device: str, dtype: torch.dtype = torch.float32) -> dict[str, nn.Modul
         found = {name: build(config) for name, (build, config) in SIZES.items()}
     as_loaded(found, dtype)
     return found
-
-
-def used_bytes(call) -> int:
-    """Most bytes alive at once, from the profiler's log of a CPU's allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        call()
-    events = [event for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
 
 
 def test_living_bytes_by_hand():
@@ -69,8 +56,8 @@ def test_what_is_foreseen_is_what_is_used(stage, monkeypatch):
     monkeypatch.setattr(CausalConv3d, "by_pictures", empty_result)
     calls = stage_calls(parts("cpu"), CONFIG, gradient)[stage], stage_calls(parts("meta"), CONFIG, gradient)[stage]
     with torch.no_grad():
-        used = used_bytes(calls[0])
-    with torch.no_grad(), patch.object(plan.dit_module, "attention", plan.fused_attention):
+        used = logged_peak(calls[0])
+    with torch.no_grad():
         foreseen = peak_bytes(calls[1])
     assert foreseen == pytest.approx(used, rel=0.1)
 

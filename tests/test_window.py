@@ -3,9 +3,9 @@
 import pytest
 import torch
 from naive import naive
-from torch.profiler import ProfilerActivity, profile
 
 import window
+from benchmarks.common import logged_peak
 from window import dense_amf, frame_pairs, place_windows, tile_centres, windowed_amf
 
 loops = naive("07_tiles_and_windows")
@@ -196,18 +196,6 @@ def test_errors_name_what_was_wanted():
         windowed_amf(q, k, (2, 3, 4), [(0, 1)], window=0)
 
 
-def peak_bytes(function) -> int:
-    """Most bytes alive at once during function(), from the profiler's log of allocations."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
-        function()
-    events = [e for e in log.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
-
-
 @pytest.mark.parametrize("frames", [5, 17])
 def test_memory_stays_under_the_stated_bound(monkeypatch, frames):
     monkeypatch.setattr(window, "CHUNK_BYTES", 2**21)
@@ -221,7 +209,7 @@ def test_memory_stays_under_the_stated_bound(monkeypatch, frames):
         torch.autograd.grad(flow.sum(), (q, k))
         results["flow"] = flow
 
-    peak = peak_bytes(run)
+    peak = logged_peak(run)
     # q, k, the scaled q (which is sorted into tiles), their gradients; the flow and its gradient; the windows
     inputs_and_outputs = 6 * q.nbytes + 2 * results["flow"].nbytes + results["windows"].nbytes
     assert 2**21 < peak < 4 * 2**21 + inputs_and_outputs

@@ -69,17 +69,17 @@ class LivingBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that a call's tensors hold at once, its result included."""
-    with LivingBytes() as count:
-        call()
-    return count.peak
-
-
 def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """dit.attention by the kernel that a GPU takes, which never holds N x N logits; without contents torch would."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B,N,M,D) -> (B,M,N,D)
     return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0].transpose(1, 2).flatten(2)  # -> (B,N,C)
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Most bytes that a call's tensors hold at once, its result included."""
+    with patch.object(dit_module, "attention", fused_attention), LivingBytes() as count:
+        call()
+    return count.peak
 
 
 def weight_bytes(parts: Mapping[str, nn.Module], offload: str) -> dict[str, int]:
@@ -130,11 +130,8 @@ def stage_calls(parts: Mapping[str, nn.Module], config: Any, gradient: Callable[
 @torch.no_grad()
 def plans(parts: Mapping[str, nn.Module], config: Any, gradient: Callable[..., Any]) -> list[Plan]:
     """Every way to run a transfer and what it needs, the fastest first. Arguments as stage_calls; parts as_loaded."""
-    calls, peaks = stage_calls(parts, config, gradient), {}
-    with patch.object(dit_module, "attention", fused_attention):
-        for stage, call in tqdm(calls.items(), desc="memory", unit="stage", leave=False):
-            peaks[stage] = peak_bytes(call)
-    found = []
+    calls = tqdm(stage_calls(parts, config, gradient).items(), desc="memory", unit="stage", leave=False)
+    peaks, found = {stage: peak_bytes(call) for stage, call in calls}, []
     for offload, recompute in WAYS:
         weights, stages = weight_bytes(parts, offload), {}
         for stage, part in PART.items():
