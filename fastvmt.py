@@ -41,6 +41,7 @@ from wan_mini.runtime import (
     Stages,
     check_finite,
     check_new_folder,
+    compile_blocks,
     digests,
     free_bytes,
     height_width,
@@ -351,6 +352,7 @@ def parser() -> Parser:
     more = "keep only the part at work on the device, or of its blocks only those at work (none; without a word: parts)"
     model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=more)
     model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
+    model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
     clip = p.add_argument_group("clip and prompt")
     clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     clip.add_argument("--prompt", help=f'what the new video shows ("{demo.wanted_scene().caption}")')
@@ -477,6 +479,8 @@ def program(argv: list[str] | None) -> None:
         dry_run(name, parts, config, dtype)
         return
     args.recompute = None if args.memory is None else fit_memory(args, parts, config, dtype)
+    if args.compile and args.offload == "blocks":
+        raise ValueError("--compile needs blocks that stay on the device, got --offload blocks (or --memory chose it)")
     if args.model is None:
         args.model, args.ref, args.unguided = demo.CHECKPOINT, args.ref or demo.REFERENCE, True
         args.prompt = demo.wanted_scene().caption if args.prompt is None else args.prompt
@@ -495,12 +499,15 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         print(f"note: {args.ref} is shorter than {config.frames} frames, so {len(clip)} are used")
         config = replace(config, frames=len(clip))
     wan = load_wan(args.model, device=device if args.offload == "none" else "cpu", dtype=dtype)
+    if args.compile:
+        compile_blocks(wan.dit)
     config = replace(config, block=config.block_of(wan.dit))
     settings = {"model": str(args.model.resolve()), "ref": str(args.ref.resolve())}
     settings |= {"ref_sha256": sha256(clip.tobytes()).hexdigest(), "prompt": args.prompt, "negative": args.negative}
     settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
-    facts = {"offload": args.offload, "versions": versions(), "checkpoint_sha256": digests(args.model)}
+    facts = {"offload": args.offload, "compile": args.compile}
+    facts |= {"versions": versions(), "checkpoint_sha256": digests(args.model)}
 
     def save(result: Transfer) -> None:
         flows = dict(zip(FLOWS, result.flows))
@@ -519,6 +526,8 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
     write_result(folder, panels, settings, args.png)
     for stage, cost in result.report["stages"].items():
         print(f"{stage:8} {cost['seconds']:8.1f} s  peak {cost['peak_gb']} GB")
+    if (again := result.report.get("recompute", "none")) != "none":
+        print(f"a gradient recomputed, to fit into memory: {again} (dit.RECOMPUTE says what)")
     if demo.is_default(clip, args.prompt):
         for name in list(panels)[1:]:
             print(f"{name}: {demo.verdict(panels[name][0])}")

@@ -1,6 +1,6 @@
 """All tables of a device, one script after the other, and their JSON lines in a file.
 
-    python -m benchmarks --device cuda       # all rows of a GPU; within ten minutes on an H100
+    python -m benchmarks --device cuda       # all rows of a GPU
     python -m benchmarks --device cpu        # all rows of a CPU
 
 Random weights are made in place and nothing is downloaded: a clone and PyTorch, with the packages of requirements.txt,
@@ -21,6 +21,7 @@ ON_A_GPU = (
     "dit --size 1.3B",
     "vae --size 1.3B --repeats 1",
     "whole --size 1.3B",
+    "growth --size small",
     "start --repeats 1",
 )
 ON_A_CPU = (
@@ -33,6 +34,7 @@ ON_A_CPU = (
     "vae --size tiny",
     "vae --size small --repeats 3",
     "whole --size tiny",
+    "growth --size tiny",
     "start",
 )
 

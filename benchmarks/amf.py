@@ -11,12 +11,11 @@ from collections.abc import Callable
 from math import prod
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import window
-from benchmarks.common import Bench, available_bytes, difference, parser
+from benchmarks.common import Bench, available_bytes, difference, parser, slope
 from fastvmt import MotionConfig
 from window import Grid, Pair, dense_amf, frame_pairs, place_windows, tile_centres, windowed_amf
 
@@ -128,14 +127,13 @@ def time_frames(bench: Bench, frames: int, given_up: set[str]) -> None:
 
 
 def exponents(bench: Bench) -> dict[str, float]:
-    """How time and memory grow with F: slopes of straight lines through the logarithms."""
+    """How time and memory grow with F."""
     found = {}
     for name in (AT_ONCE, ALL, SAME, GATHERED, WINDOWED):
-        rows = [(f, bench.rows[f"{name}, F={f}"]) for f in bench.args.frames]
-        rows = [(np.log(f), np.log([row["seconds"], row["peak_gb"]])) for f, row in rows if row["seconds"]]
+        rows = [(f, row) for f in bench.args.frames if (row := bench.rows[f"{name}, F={f}"])["seconds"]]
         if len(rows) > 1:
-            time, memory = np.polyfit([f for f, _ in rows], [costs for _, costs in rows], 1)[0].tolist()
-            found |= {f"{name}, exponent of time": time, f"{name}, exponent of memory": memory}
+            for key, label in (("seconds", "time"), ("peak_gb", "memory")):
+                found[f"{name}, exponent of {label}"] = slope([(f, row[key]) for f, row in rows])
     return found
 
 

@@ -1,10 +1,12 @@
 """What all tables share: how a call is measured, what the machine can do at best, how rows are printed.
 
 A row is one call, warmed up by a first one and repeated: the median of the seconds, with the device's work finished
-before the clock stops. Its peak is the most memory that its tensors hold at once beyond what was held before it; a GPU
-says it itself, on a CPU it is read off the profiler's list of allocations (in the warm-up, so that it costs no time).
-Its ratio is to another row of the same process, its percentages are of what this machine did in this process: one large
-matrix product of the row's dtype, one large copy. What could not be measured is a dash with its reason.
+before the clock stops. Its ratio is to another row of the same process. On a CPU short calls take turns, and the
+ratio is the median of each turn's: a machine that is shared drifts by more than some rows differ. (On a GPU one call
+would find the allocator's cache as the other left it.) Its peak is the most memory that its tensors hold at once beyond
+what was held before it; a GPU says it itself, on a CPU it is read off the profiler's list of allocations (in the
+warm-up, so that it costs no time). Its percentages are of what this machine did in this process: one large matrix
+product of the row's dtype, one large copy. What could not be measured is a dash with its reason.
 """
 
 import gc
@@ -15,13 +17,14 @@ import statistics
 import subprocess
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import date
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fastvmt
@@ -29,7 +32,8 @@ from benchmarks.models import SIZES
 from wan_mini.runtime import DTYPES, Parser, free_bytes, pick_device, pick_dtype
 
 ROOT = Path(fastvmt.__file__).parent
-ENOUGH = 20.0  # seconds of timed calls after which a row makes do with the repeats it has
+SHORT = 5.0  # seconds of a call that others take turns with: a longer one outlasts most of the drift
+ENOUGH = 30.0  # seconds of timed calls, the reference's included, after which a row makes do with its repeats
 COLUMNS = {  # what a row holds: its heading, and how it is printed
     "seconds": ("seconds", "{:.4g}"),
     "spread": ("+-", "{:.0%}"),
@@ -61,24 +65,30 @@ class Bench:
         self.dtype = pick_dtype(self.device, args.dtype)
         self.size = SIZES[args.size] if "size" in args else None
         self.rows: dict[str, dict[str, Any]] = {}
+        self.calls: dict[str, tuple[Callable[[], Any], int]] = {}
         self.facts: dict[str, Any] = {}
         self.ceilings: dict[str, float] = {}
         if self.device.index is not None:
             torch.get_device_module(self.device).set_device(self.device)
         torch.manual_seed(0)
 
-    def row(self, name: str, call: Callable[[], Any], *, times: int = 1, **options: Any) -> None:
-        """Measure a call that does `times` of what the row names; options as record's."""
+    def row(self, name: str, call: Callable[[], Any], *, times: int = 1, to: str | None = None, **options: Any) -> None:
+        """Measure a call that does `times` of what the row names, in turns with the row `to`; options as record's."""
+        beside, beside_times = self.calls.get(to, (None, 1))
         cost = None
         with suppress(torch.OutOfMemoryError):
-            cost = measure(call, self.device, self.repeats)
+            cost = measure(call, self.device, self.repeats, beside)
         if cost is None:
             gc.collect()
             if hasattr(backend := torch.get_device_module(self.device), "empty_cache"):
                 backend.empty_cache()
             self.skip(name, "out of memory")
-        else:
-            self.record(name, **cost | {"seconds": cost["seconds"] / times}, **options)
+            return
+        if self.device.type == "cpu" and cost["seconds"] <= SHORT:
+            self.calls[name] = call, times
+        ratio = cost.pop("ratio")
+        ratio = None if ratio is None else ratio * beside_times / times
+        self.record(name, to=to, **cost | {"seconds": cost["seconds"] / times}, time_ratio=ratio, **options)
 
     def record(
         self,
@@ -88,6 +98,7 @@ class Bench:
         operations: float = 0,
         moved: float = 0,
         dtype: torch.dtype | None = None,
+        time_ratio: float | None = None,
         **cost: Any,
     ) -> None:
         """Note what a row cost, beside the row `to`; operations of products in dtype, and bytes moved, if it has any.
@@ -96,7 +107,7 @@ class Bench:
         """
         other = self.rows.get(to, {})
         cost["to"] = to if other.get("seconds") else None
-        cost["time_ratio"] = cost["seconds"] / other["seconds"] if cost["to"] else None
+        cost["time_ratio"] = (time_ratio or cost["seconds"] / other["seconds"]) if cost["to"] else None
         both = cost["to"] and cost.get("peak_gb") and other.get("peak_gb")
         cost["memory_ratio"] = cost["peak_gb"] / other["peak_gb"] if both else None
         if operations:
@@ -108,8 +119,8 @@ class Bench:
         self.rows[name] = cost
 
     def skip(self, name: str, reason: str) -> None:
-        """A row of dashes."""
-        self.rows[name] = {"seconds": None, "note": reason}
+        """A row of dashes, with the beginning of the reason."""
+        self.rows[name] = {"seconds": None, "note": " ".join(reason.split())[:100]}
 
     def matmul_ceiling(self, dtype: torch.dtype) -> float:
         """TFLOP/s of one large product of square matrices, laid out as in a linear layer, measured once."""
@@ -140,27 +151,47 @@ class Bench:
         print(json.dumps({**line, "facts": self.facts, "rows": self.rows}), flush=True)
 
 
-def measure(call: Callable[[], Any], device: torch.device, repeats: int) -> dict[str, Any]:
-    """Seconds, their spread (half the range, as a share) and peak memory of a call, after a first one."""
+def measure(
+    call: Callable[[], Any], device: torch.device, repeats: int, beside: Callable[[], Any] | None = None
+) -> dict[str, Any]:
+    """Seconds, their spread (half the range, as a share) and peak memory of a call, after a first one.
+
+    beside: another call, already warm, to take turns with; "ratio" is the median of call / beside over the turns.
+    """
     backend = torch.get_device_module(device)
-    peak = logged_peak(call) if device.type == "cpu" else None
-    if peak is None:
+    counts, peak = hasattr(backend, "max_memory_allocated"), None
+    if device.type == "cpu":
+        peak = logged_peak(call)
+    else:
         call()
-    backend.synchronize()
-    if has_statistics := hasattr(backend, "max_memory_allocated"):
-        before = backend.memory_allocated()
-        backend.reset_peak_memory_stats()
     seconds: list[float] = []
-    while len(seconds) < repeats and sum(seconds) < ENOUGH:
-        start = time.perf_counter()
-        call()
-        backend.synchronize()
-        seconds.append(time.perf_counter() - start)
-    if has_statistics:
-        peak = backend.max_memory_allocated() - before
+    beside_seconds: list[float] = []
+    while len(seconds) < repeats and sum(seconds) + sum(beside_seconds) < ENOUGH:
+        if beside is not None:
+            beside_seconds.append(stopwatch(beside, backend))
+        if counts:
+            before = backend.memory_allocated()
+            backend.reset_peak_memory_stats()
+        seconds.append(stopwatch(call, backend))
+        if counts:
+            peak = max(peak or 0, backend.max_memory_allocated() - before)
     median = statistics.median(seconds)
-    cost = {"seconds": median, "spread": (max(seconds) - min(seconds)) / 2 / median, "repeats": len(seconds)}
-    return cost | {"peak_gb": None if peak is None else peak / 1e9}
+    return {
+        "seconds": median,
+        "spread": (max(seconds) - min(seconds)) / 2 / median if len(seconds) > 1 else None,
+        "repeats": len(seconds),
+        "peak_gb": None if peak is None else peak / 1e9,
+        "ratio": statistics.median(a / b for a, b in zip(seconds, beside_seconds)) if beside else None,
+    }
+
+
+def stopwatch(call: Callable[[], Any], backend: Any) -> float:
+    """Seconds of a call, with the device's work finished before and after."""
+    backend.synchronize()
+    start = time.perf_counter()
+    call()
+    backend.synchronize()
+    return time.perf_counter() - start
 
 
 def logged_peak(call: Callable[[], Any]) -> int:
@@ -171,6 +202,11 @@ def logged_peak(call: Callable[[], Any]) -> int:
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(accumulate(changes, initial=0))
+
+
+def slope(points: Sequence[tuple[float, float]]) -> float:
+    """Exponent of a growth: slope of a straight line through the logarithms of (n, cost)."""
+    return np.polyfit(*np.log(points).T, 1)[0].item()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import amf, common, gradient, models
+from benchmarks import amf, common, dit, gradient, growth, models, vae, whole
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,49 @@ def test_amf(capsys):
     found = result(capsys)
     assert found["rows"]["windowed, F=6"]["to"] == "dense, all at once, F=6"
     assert "windowed, exponent of time" in found["facts"]
+
+
+def test_growth(capsys, monkeypatch):
+    for name, values in {"FRAMES": (9, 17), "LONG": 17, "SCALES": (1,), "SPANS": (1, 2), "WINDOWS": (3,)}.items():
+        monkeypatch.setattr(growth, name, values)
+    growth.main(["--size", "tiny", "--repeats", "1", "--device", "cpu"])
+    found = result(capsys)
+    rows = {"run, latent frames 5", "flow, window 3", "gradient, span 2", "run, tokens a frame 24"}
+    assert rows <= set(found["rows"])
+    assert found["facts"]["gradient with latent frames, exponent of memory"] > 0
+    assert common.slope([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "table, row, to",
+    [
+        (dit, "ours", "diffusers"),
+        (vae, "decode, ours", "decode, diffusers"),
+        (whole, "run, ours", "run, released guidance"),
+    ],
+    ids=["dit", "vae", "whole"],
+)
+def test_models(capsys, monkeypatch, table, row, to):
+    """They stop by themselves if ours and diffusers' compute different things."""
+    monkeypatch.setattr(dit, "compile_blocks", lambda model: None)
+    table.main(["--size", "tiny", "--repeats", "1", "--device", "cpu"])
+    rows = result(capsys)["rows"]
+    assert rows[row]["to"] == to and rows[row]["time_ratio"] > 0
+
+
+def test_rows_take_turns_with_their_reference(capsys, monkeypatch):
+    """A ratio is to the reference's calls between the row's own, not to those of its own row."""
+    costs = iter([9.0, 9.0, 9.0, 2.0, 6.0, 4.0, 20.0, 8.0, 16.0])  # three alone, then three turns: 3, 5 and 2 times
+    monkeypatch.setattr(common, "stopwatch", lambda call, backend: next(costs))
+    monkeypatch.setattr(common, "ENOUGH", 1e3)
+    monkeypatch.setattr(common, "SHORT", 9.0)
+    bench = common.Bench("turns", common.parser("Turns.").parse_args(["--device", "cpu", "--repeats", "3"]))
+    bench.row("reference", lambda: None)
+    bench.row("row", lambda: None, to="reference", times=2)
+    bench.finish()
+    rows = result(capsys)["rows"]
+    assert rows["row"]["seconds"] == 8 and rows["row"]["to"] == "reference"
+    assert rows["row"]["time_ratio"] == 1.5  # the median 3, for two at once
 
 
 def test_what_cannot_be_measured_is_a_dash(capsys):

@@ -1,11 +1,14 @@
 """The diffusion transformer against the official code's golden file, and its own invariants."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import error, golden, weights
 
 from wan_mini.config import TINY, DiTConfig
 from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT, apply_rope, rope_table
+from wan_mini.runtime import compile_blocks
 
 SMALL = DiTConfig(dim=48, ffn_dim=64, num_heads=3, num_layers=4, freq_dim=32, text_dim=10, text_len=6)
 
@@ -131,6 +134,30 @@ def test_bfloat16_keeps_the_islands_and_stays_close():
     assert stream == [torch.float32] and got.dtype == q.dtype == torch.float32
     assert 1e-5 < error(got, wanted) < 0.03
     assert 1e-5 < error(q, q_wanted) < 0.03
+
+
+def test_blocks_share_compiled_code():
+    """One graph without gradients and one with, whatever the block, the timestep and what is recomputed."""
+    torch._dynamo.reset()  # it counts compilations in the whole process
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, (x, _, text) = WanDiT(SMALL).requires_grad_(False), small_inputs()
+    compiled = deepcopy(plain)
+    compile_blocks(compiled, backend=backend)
+    for timestep in (torch.tensor([900.0]), torch.tensor([100.0])):
+        with torch.no_grad():
+            assert torch.equal(compiled(x, timestep, text), plain(x, timestep, text))
+        for recompute in RECOMPUTE:
+            pulls = []
+            for dit in (compiled, plain):
+                y = x.clone().requires_grad_()
+                pulls.append(torch.autograd.grad(dit(y, timestep, text, recompute=recompute).square().sum(), y)[0])
+            assert torch.equal(*pulls)
+    assert len(graphs) == 2
 
 
 def test_errors_name_what_was_wanted():

@@ -22,6 +22,7 @@ from wan_mini.generate import NEGATIVE, encode_prompts, generate
 from wan_mini.load import load_wan
 from wan_mini.offload import resident
 from wan_mini.plan import Plan
+from wan_mini.runtime import compile_blocks
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.world import make_clip
 from wan_mini.video import read_video, to_model, write_video
@@ -335,6 +336,33 @@ def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch)
         assert message in capsys.readouterr().err
 
 
+def test_recomputing_for_lack_of_memory_is_said(folder, tmp_path, clip, capsys, monkeypatch):
+    monkeypatch.setattr(fastvmt, "least_recompute", lambda *_: "selective")
+    ref = next(films(tmp_path, clip))
+    command = ["--model", str(folder), "--ref", str(ref), "--prompt", "a ball", *FLAGS, "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    assert "a gradient recomputed, to fit into memory: selective" in capsys.readouterr().out
+
+
+def test_blocks_are_compiled_on_request(folder, tmp_path, clip, capsys, monkeypatch):
+    """By a backend that says once that it fails, as one without a compiler does, then by one that works."""
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here\nand more")
+
+    ways = [backend, lambda graph, inputs: graph.forward]
+    monkeypatch.setattr(fastvmt, "compile_blocks", lambda dit: compile_blocks(dit, backend=ways.pop(0)))
+    files = ["--model", str(folder), "--ref", str(next(films(tmp_path, clip))), "--prompt", "a ball", *FLAGS]
+    runs = [[*files, "--out", str(tmp_path / name)] for name in ("failed", "compiled", "plain")]
+    assert main([*runs[0], "--compile"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: cannot compile here, run without --compile \(.*no compiler here.*\)", said)
+    assert main([*runs[1], "--compile"]) == 0 and main(runs[2]) == 0
+    written = [(tmp_path / name / "latents.safetensors").read_bytes() for name in ("compiled", "plain")]
+    assert written[0] == written[1] and not ways
+    assert json.loads((tmp_path / "compiled" / "run.json").read_text())["compile"]
+
+
 def test_every_knob_can_be_set(capsys):
     knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 centres=own lr=0.01,0.005"
     assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", "span=2", "--set", *knobs.split()]) == 0
@@ -348,7 +376,7 @@ def test_help_is_true(capsys):
     assert end.value.code == 0
     assert "(81, tiny 33)" in out and "every so many latent updates (3)" in out and "(480x832, tiny 128x192)" in out
     actions = [action for action in fastvmt.parser()._actions if action.option_strings]
-    assert len(actions) <= 21  # 20 flags and --help
+    assert len(actions) <= 22  # 21 flags and --help
 
 
 # Bad input: one line, exit code 2, nothing written.
@@ -442,6 +470,7 @@ def test_bad_requests(folder, tmp_path, capsys):
     expect(capsys, tmp_path, [*good, "--set", "tile=3"], "--set tile needs a value like (3, 4), got 3")
     expect(capsys, tmp_path, [*good, "--amf", "sparse"], "amf must be one of windowed, dense, none, got sparse")
     expect(capsys, tmp_path, [*good, "--set", "block=6"], "block must be in 0..5, got 6")
+    expect(capsys, tmp_path, [*good, "--compile", "--offload", "blocks"], "--compile needs blocks that stay on the de")
 
 
 def test_a_device_that_is_not_there(monkeypatch, capsys):

@@ -49,9 +49,7 @@ def test_each_has_its_parts(path):
 @every
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text(path, "markdown")):
-        file = path.parent / target
-        if not (file.suffix == ".ipynb" and file.stem[:2].isdigit()):  # a neighbour may still be to come
-            assert file.exists(), target
+        assert (path.parent / target).exists(), target
 
 
 def test_each_has_its_solutions():

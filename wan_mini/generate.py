@@ -19,6 +19,7 @@ from wan_mini.runtime import (
     DTYPES,
     Parser,
     check_finite,
+    compile_blocks,
     height_width,
     load_tensors,
     pick_device,
@@ -124,6 +125,7 @@ def parser() -> Parser:
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
     p.add_argument("--offload", action="store_true", help="keep only the stage at work on the device")
+    p.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
     p.add_argument("--decode", type=Path, metavar="LATENTS", help="only decode what a run has saved before it failed")
     return p
 
@@ -145,6 +147,8 @@ def program(argv: list[str] | None) -> None:
     if (size, frames) != (args.size, args.frames):
         print(f"note: {args.frames} frames of {args.size[0]}x{args.size[1]} become {frames} of {size[0]}x{size[1]}")
     wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=pick_dtype(device, args.dtype))
+    if args.compile:
+        compile_blocks(wan.dit)
     default_shift, default_cfg = SHIFT_AND_CFG.get(wan.name, (8.0, 6.0))
     shift = default_shift if args.shift is None else args.shift
     cfg = default_cfg if args.cfg is None else args.cfg

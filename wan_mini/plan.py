@@ -76,7 +76,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Most bytes that a call's tensors hold at once, its result included."""
+    """Most bytes that a call's tensors hold at once, its result included; the transformer with fused_attention."""
     with patch.object(dit_module, "attention", fused_attention), LivingBytes() as count:
         call()
     return count.peak
@@ -130,8 +130,9 @@ def stage_calls(parts: Mapping[str, nn.Module], config: Any, gradient: Callable[
 @torch.no_grad()
 def plans(parts: Mapping[str, nn.Module], config: Any, gradient: Callable[..., Any]) -> list[Plan]:
     """Every way to run a transfer and what it needs, the fastest first. Arguments as stage_calls; parts as_loaded."""
-    calls = tqdm(stage_calls(parts, config, gradient).items(), desc="memory", unit="stage", leave=False)
-    peaks, found = {stage: peak_bytes(call) for stage, call in calls}, []
+    calls = stage_calls(parts, config, gradient)
+    peaks = {stage: peak_bytes(calls[stage]) for stage in tqdm(calls, desc="memory", unit="stage", leave=False)}
+    found = []
     for offload, recompute in WAYS:
         weights, stages = weight_bytes(parts, offload), {}
         for stage, part in PART.items():
