@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Bench, difference, parser
-from benchmarks.models import copy_weights, random_dit, random_inputs
+from benchmarks.models import copy_weights, diffusers_class, random_dit, random_inputs
 from wan_mini.dit import WanDiT, rope_table
 from wan_mini.flops import forward_flops
 from wan_mini.runtime import compile_blocks
@@ -23,16 +23,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # norm of the differenc
 
 def diffusers_dit(ours: WanDiT, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
     """None where there is no diffusers."""
-    try:
-        from diffusers import WanTransformer3DModel  # takes seconds, and not every machine has it
-    except ImportError:
+    if (build := diffusers_class("WanTransformer3DModel")) is None:
         return None
     c = ours.config
     sizes = {"num_attention_heads": c.num_heads, "attention_head_dim": c.dim // c.num_heads, "ffn_dim": c.ffn_dim}
     sizes |= {"num_layers": c.num_layers, "text_dim": c.text_dim, "freq_dim": c.freq_dim}
     sizes |= {"in_channels": c.in_dim, "out_channels": c.out_dim, "patch_size": c.patch_size}
     with device:
-        theirs = WanTransformer3DModel(**sizes)
+        theirs = build(**sizes)
     return copy_weights(ours, theirs, dtype)
 
 

@@ -90,6 +90,15 @@ def random_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Ten
     return tuple(torch.randn(shape, generator=random).to(device) for shape in shapes)
 
 
+def diffusers_class(name: str) -> type[nn.Module] | None:
+    """A model of diffusers by its name; None where there is no diffusers."""
+    try:
+        import diffusers  # here, as it takes seconds, and not every machine has it
+    except ImportError:
+        return None
+    return getattr(diffusers, name)
+
+
 def copy_weights(ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Diffusers' module with our weights, in the dtypes that its from_pretrained would give them."""
     kept = set(theirs._keep_in_fp32_modules or ())

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import Bench, difference, parser
-from benchmarks.models import Size, copy_weights, random_inputs, random_module
+from benchmarks.models import Size, copy_weights, diffusers_class, random_inputs, random_module
 from wan_mini.vae import WanVAE
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # norm of the difference over the norm
@@ -17,14 +17,12 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # norm of the differenc
 
 def diffusers_vae(ours: WanVAE, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
     """None where there is no diffusers."""
-    try:
-        from diffusers import AutoencoderKLWan  # takes seconds, and not every machine has it
-    except ImportError:
+    if (build := diffusers_class("AutoencoderKLWan")) is None:
         return None
     c = ours.config
     sizes = {"base_dim": c.dim, "z_dim": c.z_dim, "dim_mult": list(c.dim_mult), "num_res_blocks": c.num_res_blocks}
     with device:
-        theirs = AutoencoderKLWan(**sizes, latents_mean=list(c.mean), latents_std=list(c.std))
+        theirs = build(**sizes, latents_mean=list(c.mean), latents_std=list(c.std))
     return copy_weights(ours, theirs, dtype)
 
 
