@@ -3,8 +3,9 @@
 Dense AMF compares every token with every token of the other frame. FastVMT (arXiv 2602.05551, Sec. 3.3) first asks
 one representative of each tile of tokens where its tile went (Eq. 1, 2, 4), then lets the tile's tokens look only at
 a window around that place (Eq. 3). Windows are boxes of distinct keys: at borders they are shifted, never padded.
-What a window buys is that far, wrong matches are out of reach. It does not buy time: all logits of a pair of frames are
-computed, in one matrix product, because that is faster than gathering each window's keys.
+What a window buys is that far, wrong matches are out of reach. It buys little time: all logits of a pair of frames are
+computed, in one matrix product, because that is faster than gathering each window's keys. Only what the backward needs
+is less, so little that it can be kept.
 
     grid = (F, H, W)                                        # N = F*H*W tokens, S = H*W of them in a frame
     q, k = ...                                              # (1,N,M,D) of one clip, raster order, as attention uses
@@ -17,14 +18,17 @@ averages over many; it suits one model and one way of reducing the heads.
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 # The logits of one chunk of frame pairs, S*S floats each, take at most this many bytes (or one pair, if that is more).
-# Chunks are recomputed in the backward: at any F, the AMF needs at most four times this (logits, softmax, and the
-# gradient of each) beside its inputs, a scaled copy of q, the gradients of these three, and its outputs.
+# At any F, the AMF needs at most four times this (logits, softmax, and the gradient of each) beside its inputs, a
+# scaled copy of q, the gradients of these three, and its outputs. For the backward the windowed flow also keeps its
+# softmax, a float for each token and key of its window, and the keys' places, two for each tile and key. The dense
+# flow's softmax would be S*S floats a pair, so its chunks are computed again instead.
 CHUNK_BYTES = 2**27
 
 Grid = tuple[int, int, int]
@@ -51,7 +55,7 @@ def dense_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], *, tau: float
     def flow_of(q_i: Tensor, k_j: Tensor) -> Tensor:
         return (q_i @ k_j.mT).softmax(-1) @ places - places  # (P,S,C) x (P,S,C) -> (P,S,S) -> (P,S,2)
 
-    return _by_chunks(flow_of, *_features(q, k, grid, tau), pairs)
+    return _by_chunks(_recomputed(flow_of), *_features(q, k, grid, tau), pairs)
 
 
 def tile_centres(
@@ -133,13 +137,28 @@ def windowed_amf(
 
     def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:
         logits = (q_i @ k_j.mT).unflatten(1, tokens.shape)  # (P,tiles*t,C) x (P,S,C) -> (P,tiles,t,S)
-        inside = logits.gather(-1, keys.unsqueeze(2).expand(-1, -1, tokens.shape[1], -1))  # -> (P,tiles,t,keys)
+        inside = _Select.apply(logits, keys.unsqueeze(2).expand(-1, -1, tokens.shape[1], -1))  # -> (P,tiles,t,keys)
         found = inside.softmax(-1) @ places[keys]  # (P,tiles,t,keys) x (P,tiles,keys,2) -> (P,tiles,t,2)
         return found.flatten(1, 2)[:, slots] - places  # -> (P,tiles*t,2) -> raster (P,S,2)
 
     queries, keys = _features(q, k, grid, tau)
     queries = queries[:, tokens.flatten()]  # (F,S,C) -> (F,tiles*t,C), tile by tile
     return _by_chunks(flow_of, queries, keys, pairs, windows), windows
+
+
+class _Select(torch.autograd.Function):
+    """logits.gather(-1, keys) for distinct keys; PyTorch's own keeps all logits for the backward, for their shape."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, keys: Tensor) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.shape = logits.shape
+        return logits.gather(-1, keys)  # (...,S) and (...,keys) -> (...,keys)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        (keys,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).scatter_(-1, keys, gradient), None  # (...,keys) -> (...,S)
 
 
 def _features(q: Tensor, k: Tensor, grid: Grid, tau: float) -> tuple[Tensor, Tensor]:
@@ -181,10 +200,15 @@ def _tile_tokens(grid: Grid, tile: tuple[int, int], device: torch.device) -> tup
     return tokens, slots
 
 
+def _recomputed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The same function, but it keeps only its inputs for the backward, which runs it again."""
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)
+
+
 def _by_chunks(function: Callable[..., Tensor], q: Tensor, k: Tensor, pairs: list[Pair], *extra: Tensor) -> Tensor:
     """function(q of frames i, k of frames j, ...) over all pairs, a chunk of one distance at a time.
 
-    q (F,queries,C), k (F,S,C), extra (len(pairs), ...) -> (len(pairs), ...). Recomputed in the backward.
+    q (F,queries,C), k (F,S,C), extra (len(pairs), ...) -> (len(pairs), ...).
     """
     frames = len(q)
     if not all(0 <= i < frames and 0 <= j < frames for i, j in pairs):
@@ -193,11 +217,8 @@ def _by_chunks(function: Callable[..., Tensor], q: Tensor, k: Tensor, pairs: lis
     out, start = [], 0
     for i, j, n in _runs(pairs, limit):
         inputs = (q[i : i + n], k[j : j + n], *(x[start : start + n] for x in extra))
+        out.append(function(*inputs))
         start += n
-        if torch.is_grad_enabled():
-            out.append(checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False))
-        else:
-            out.append(function(*inputs))
     return torch.cat(out)
 
 

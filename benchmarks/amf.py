@@ -53,7 +53,7 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centres: T
     queries, keys = window._features(q, k, grid, c.tau)
     windows = place_windows(centres, grid, c.window)
     with patch.object(window, "CHUNK_BYTES", 1):
-        return window._by_chunks(flow_of, queries[:, tokens.flatten()], keys, pairs, windows)
+        return window._by_chunks(window._recomputed(flow_of), queries[:, tokens.flatten()], keys, pairs, windows)
 
 
 def ways(grid: Grid, centres: Tensor, c: MotionConfig) -> dict[str, Flow]:
@@ -93,10 +93,11 @@ def operations(grid: Grid, channels: int, c: MotionConfig) -> dict[str, int]:
     return {name: 6 * channels * n for name, n in (logits | {WINDOWED: pairs * s * s}).items()}
 
 
-def stated_bound(q: Tensor, grid: Grid, pairs: int, windows: Tensor) -> float:
-    """GB that window.py says its flow takes at most: four times a chunk, a copy of q, three gradients, the outputs."""
-    s = grid[1] * grid[2]
-    return (4 * max(window.CHUNK_BYTES, 4 * s * s) + 4 * q.nbytes + 8 * pairs * s + windows.nbytes) / 1e9
+def stated_bound(q: Tensor, grid: Grid, windows: Tensor) -> float:
+    """GB that window.py says its flow takes at most: 4 chunks, copy of q, 3 gradients, outputs; softmax and places."""
+    s, (pairs, _, keys) = grid[1] * grid[2], windows.shape
+    needed = 4 * max(window.CHUNK_BYTES, 4 * s * s) + 4 * q.nbytes + 8 * pairs * s + windows.nbytes
+    return (needed + 4 * pairs * s * keys + windows.nbytes) / 1e9
 
 
 def time_frames(bench: Bench, frames: int, given_up: set[str]) -> None:
@@ -114,7 +115,7 @@ def time_frames(bench: Bench, frames: int, given_up: set[str]) -> None:
             continue
         note = f"{len(pairs) if name in (SAME, GATHERED, WINDOWED) else frames**2} pairs"
         if name == WINDOWED:
-            bound = stated_bound(q, grid, len(pairs), place_windows(centres, grid, c.window))
+            bound = stated_bound(q, grid, place_windows(centres, grid, c.window))
             note += f", stated bound {bound:.3g} GB"
         options = {"to": reference, "operations": counted[name], "dtype": torch.float32, "note": note}
         bench.row(row, lambda flow=flow: pull(flow, q, k), **options)

@@ -53,7 +53,7 @@ def test_what_is_foreseen_is_what_is_used(stage, monkeypatch):
         shape = F.conv3d(x.to("meta"), weight.to("meta"), None, conv.stride, conv.padding).shape
         return x.new_zeros(shape)
 
-    monkeypatch.setattr(CausalConv3d, "by_pictures", empty_result)
+    monkeypatch.setattr(CausalConv3d, "convolve", empty_result)
     calls = stage_calls(parts("cpu"), CONFIG, gradient)[stage], stage_calls(parts("meta"), CONFIG, gradient)[stage]
     with torch.no_grad():
         used = logged_peak(calls[0])

@@ -282,7 +282,7 @@ def test_wrong_levels_are_named():
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
-def test_convolution_by_pictures_is_the_3d_convolution(kernel, stride):
+def test_causal_convolution_is_the_3d_convolution(kernel, stride):
     """What runs on a CPU against what runs elsewhere: PyTorch's own 3D convolution, behind the past or zeros."""
     conv, x = CausalConv3d(3, 4, kernel, stride), torch.randn(2, 3, 4, 5, 6)
     zeros, past = torch.zeros(2, 3, 3 - stride, 5, 6), torch.randn(2, 3, 3 - stride, 5, 6)
