@@ -59,10 +59,12 @@ def compare(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, 
 def film(clips: np.ndarray | Sequence[np.ndarray], fps: float = 16, every: int = 2, colours: int = 64) -> Shown:
     """Show clips (T,H,W,3) uint8 side by side, one frame in `every`, as an animated GIF (GitHub shows no WebP).
 
-    About 100 kB for 17 frames of 128x384; fewer colours make it smaller.
+    About 100 kB for 17 frames of 128x384; fewer colours make it smaller. (Pillow's usual way of choosing them goes by
+    area, and would give a small red disc the colour of something else.)
     """
     frames = np.concatenate([clips] if isinstance(clips, np.ndarray) else list(clips), axis=2)[::every]
-    pictures = [Image.fromarray(frame).quantize(colours, dither=Image.Dither.NONE) for frame in frames]
+    palette = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
+    pictures = [Image.fromarray(frame).quantize(colours, **palette) for frame in frames]
     data = io.BytesIO()
     options = {"append_images": pictures[1:], "duration": round(1000 * every / fps), "loop": 0}
     pictures[0].save(data, "GIF", save_all=True, **options)

@@ -213,9 +213,7 @@ class WanDiT(nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute}")
         x = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))  # (B,16,F,2H,2W) -> (B,C,F,H,W)
-        x = (
-            x.flatten(2).mT.float().contiguous()
-        )  # (B,C,F,H,W) -> (B,N,C), raster order; as a view, all norms would copy it
+        x = x.flatten(2).mT.float().contiguous()  # (B,C,F,H,W) -> (B,N,C), raster order; in a view, norms are slow
         rope = rope_table(grid, self.config.dim // self.config.num_heads, x.device)
         # float32 island: the time MLP; bfloat16 would merge timesteps that differ by less than 4.
         time = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(x.device))  # (B,) -> (B,C)
