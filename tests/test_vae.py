@@ -291,3 +291,6 @@ def test_causal_convolution_is_the_3d_convolution(kernel, stride):
         y, after = conv(frames, before)
         assert error(y, torch.nn.Conv3d.forward(conv, whole)) < 1e-6
         assert torch.equal(after, whole[:, :, stride - 3 :])
+        with torch.autocast("cpu", torch.bfloat16):  # as in training where bfloat16 is native
+            rough, _ = conv(frames, before)
+        assert rough.dtype == torch.bfloat16 and error(rough.float(), y) < 0.05

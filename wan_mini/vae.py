@@ -64,7 +64,8 @@ class CausalConv3d(Streaming, nn.Conv3d):
 
     def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         """Slide a kernel (C',C,taps,kh,kw) over (B,C,T,H,W) -> (B,C',(T-taps)/stride+1,H,W); no padding in time."""
-        if x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        plain = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if plain and torch.backends.mkldnn.is_available():
             # The same as below, but for small clips PyTorch would pick another kernel, up to 20 times slower.
             return torch.mkldnn_convolution(x, weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
         return F.conv3d(x, weight, self.bias, self.stride, self.padding)
