@@ -32,7 +32,7 @@ class Streaming(nn.Module):
 
 
 class Stack(Streaming, nn.Sequential):
-    """Layers in a row; past is a list of theirs. Each is overwritten once it is used: two would be twice the memory."""
+    """Layers in a row. Their pasts are a list, written over in place: old and new together would be twice as much."""
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:
         past = past or [None] * len(self)
