@@ -136,6 +136,15 @@ def test_bfloat16_keeps_the_islands_and_stays_close():
     assert 1e-5 < error(q, q_wanted) < 0.03
 
 
+@torch.no_grad()
+def test_velocity_queries_and_keys_of_one_pass():
+    model, inputs = WanDiT(SMALL), small_inputs()
+    velocity, q, k = model(*inputs, qk_block=2, velocity=True)
+    assert torch.equal(velocity, model(*inputs))
+    assert all(torch.equal(ours, wanted) for ours, wanted in zip((q, k), model(*inputs, qk_block=2), strict=True))
+    assert torch.equal(model(*inputs, velocity=True), velocity)
+
+
 def test_blocks_share_compiled_code():
     """One graph without gradients and one with, whatever the block, the timestep and what is recomputed."""
     torch._dynamo.reset()  # it counts compilations in the whole process

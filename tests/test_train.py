@@ -7,6 +7,7 @@ import re
 import shutil
 import string
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,30 +18,43 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from fastvmt import TINY_MOTION
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.load import load_vae, load_wan
 from wan_mini.runtime import run
 from wan_mini.tiny import data, loop, train, world
 from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
+from wan_mini.tiny.matching import matching_loss, true_places
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
 VAE = VAEConfig(dim=4, num_res_blocks=1)
+CPU = torch.device("cpu")
+BLOCK = train.MATCHING_BLOCK  # before a fixture sets a smaller one
 DIT = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text_dim=16, text_len=40)
 TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
 STAGES = {
     "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "decoder": (train.train_decoder, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, warmup=2)),
+    "motion": (train.train_motion, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
 }
+BEFORE = {"decoder": "after vae", "dit": "after decoder", "motion": "after dit"}  # the folder each stage begins with
 
 
 def small_clip(seed: int, kind: str | None = None, frames=range(17)) -> SimpleNamespace:
     """The middle 64 x 96 pixels of half a clip."""
     clip = world.make_clip(seed, kind, frames=frames)
     return SimpleNamespace(frames=clip.frames[:, 32:96, 48:144], caption=clip.caption)
+
+
+def small_places(seed: int) -> np.ndarray:
+    """The matches inside that cut-out: (5,24,5,2)."""
+    places = true_places(seed).reshape(9, 8, 12, 9, 2)[:5, 2:6, 3:9, :5] - (2, 3)  # (F,H,W,F,2), rows and columns
+    outside = (places < -0.5) | (places > (3.5, 5.5))
+    return np.where(outside.any(-1, keepdims=True), np.nan, places).reshape(5, 24, 5, 2).astype(np.float32)
 
 
 def job(stage: str, work: Path, **others) -> Job:
@@ -61,7 +75,10 @@ def small_world():
             "DIT_PHASES",
             ((0.3, [("pictures", 1, 2)]), (1.0, [("clips", 5, 1), ("closeups", 1, 2), ("clips", 3, 1)])),
         )
+        patch.setattr(train, "MOTION_PHASES", ((1.0, [("clips", 5, 1), ("pictures", 1, 2)]),))
+        patch.setattr(train, "MATCHING_BLOCK", 1)
         patch.setattr(train, "make_clip", small_clip)
+        patch.setattr(train, "true_places", small_places)
 
         def cached(job, name, clips, convert, make=small_clip):
             parts = {data.make_picture: frames[:, :1], data.make_closeup: frames[:, :1, 16:48, 24:72]}
@@ -109,8 +126,8 @@ def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
-    if stage != "vae":
-        shutil.copytree(whole / ("after vae" if stage == "decoder" else "after decoder"), tmp_path / "checkpoint")
+    if stage in BEFORE:
+        shutil.copytree(whole / BEFORE[stage], tmp_path / "checkpoint")
     monkeypatch.setattr(train, "cached", small_world)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # about one call a step
     with pytest.raises(SystemExit, match="the same command goes on"):
@@ -121,7 +138,7 @@ def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     assert ours["losses"] == wanted["losses"]
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
-    result = "diffusion_pytorch_model.safetensors" if stage == "dit" else train.VAE_FILE
+    result = "diffusion_pytorch_model.safetensors" if stage in ("dit", "motion") else train.VAE_FILE
     assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / f"after {stage}" / result).read_bytes()
 
 
@@ -144,7 +161,8 @@ def test_latents_meet_their_own_captions(whole, small_world, tmp_path, monkeypat
         made.append(small_world(*args))
         return made[-1]
 
-    def flow_loss(dit, encoder, clean, noise, sigma, ids):
+    def flow_loss(dit, encoder, clean, noise, sigma, ids, places):
+        assert places is None
         seen.extend(zip(clean.half().numpy(), ids.tolist()))
         return loss(dit, encoder, clean, noise, sigma, ids)
 
@@ -162,6 +180,44 @@ def test_latents_meet_their_own_captions(whole, small_world, tmp_path, monkeypat
     assert all([i for i in ids if i] in known[latent.tobytes()] for latent, ids in seen)
 
 
+def test_clips_meet_their_own_matches(whole, small_world, tmp_path, monkeypatch):
+    """In the stage motion: clips come with the places of their own seed, pictures without any."""
+    shutil.copytree(whole / "after dit", tmp_path / "checkpoint")
+    monkeypatch.setattr(train, "cached", small_world)
+    loss, seen = train.flow_loss, []
+
+    def flow_loss(dit, encoder, clean, noise, sigma, ids, places):
+        seen.append((clean, places))
+        return loss(dit, encoder, clean, noise, sigma, ids, places)
+
+    monkeypatch.setattr(train, "flow_loss", flow_loss)
+    train.train_motion(job("motion", tmp_path))
+    (latents,), _ = small_world(None, "", 4, partial(train.encode, train.stored_vae(job("motion", tmp_path)), CPU))
+    for clean, places in seen:
+        assert (places is None) == (clean.shape[2] == 1)
+        for clip, own in zip(clean, () if places is None else places):
+            (seed,) = (n for n, latent in enumerate(latents) if np.array_equal(clip.half().numpy(), latent))
+            assert np.array_equal(own.numpy(), small_places(seed), equal_nan=True)
+    assert any(places is not None for _, places in seen)
+
+
+def test_twenty_steps_of_motion_lower_the_matching_loss(whole, small_world):
+    """On the same clean clips, before and after; the block's own velocity stays a loss beside it."""
+    places = torch.from_numpy(np.stack([small_places(seed) for seed in range(4)]))
+    losses = []
+    for stage in ("dit", "motion"):
+        wan = load_wan(whole / f"after {stage}", device="cpu", dtype=torch.float32)
+        (latents,), _ = small_world(None, "", 4, partial(train.encode, wan.vae, CPU))
+        with torch.no_grad():
+            q, k = wan.dit(torch.from_numpy(latents).float(), torch.zeros(4), torch.zeros(4, 1, 16), qk_block=1)
+        losses.append(matching_loss(q, k, places, (5, 4, 6), train.MATCHING_TAU).item())
+    assert losses[1] < 0.98 * losses[0], losses
+
+
+def test_matching_is_taught_where_the_transfer_reads():
+    assert (TINY_MOTION.block, TINY_MOTION.tau) == (BLOCK, train.MATCHING_TAU)
+
+
 def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
     monkeypatch.setattr(train, "cached", small_world)
     with pytest.raises(ValueError, match="use the same, or another --work"):
@@ -170,7 +226,7 @@ def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
 
 def test_the_checkpoint_loads_and_is_the_average(whole):
     wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
-    ema = state(whole, "dit")["ema"]
+    ema = state(whole, "motion")["ema"]
     for name, module in (("dit", wan.dit), ("text", wan.text_encoder)):
         assert all(torch.equal(x, ema[f"{name}.{key}"].half().float()) for key, x in module.state_dict().items())
     assert (wan.dit.config, wan.text_encoder.config) == (DIT, TEXT)
@@ -362,6 +418,7 @@ def test_a_closeup_is_a_part_of_its_picture_with_a_sprite():
         (["vae", "--minutes", "0"], "must be positive"),
         (["vae", "--device", "abacus"], "device abacus is not available here"),
         (["dit", "--device", "cpu"], "run the stage vae with the same --folder first"),
+        (["motion", "--device", "cpu"], "run the stage dit with the same --folder first"),
         (["paint"], "invalid choice: 'paint'"),
         (["vae", "--steps", "many"], "invalid int value: 'many'"),
     ],

@@ -197,14 +197,22 @@ class WanDiT(nn.Module):
         return tuple(n // p for n, p in zip(latents.shape[2:], patch))
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, *, qk_block: int | None = None, recompute: str = "none"
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Velocity of noisy latents, or the queries and keys of one block.
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        *,
+        qk_block: int | None = None,
+        velocity: bool = False,
+        recompute: str = "none",
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Velocity of noisy latents, or the queries and keys of one block, or all three.
 
         latents (B,16,F,2H,2W); timestep (B,) in [0,1000], best left on the CPU; text (B,L<=text_len,text_dim), here
         zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
-        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs.
+        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs;
+        or with velocity=True too, (velocity, q, k) of one pass, for a loss on both.
         Raises ValueError on latents that do not patchify, too long a text, a block or a policy that does not exist.
         """
         grid = self.grid(latents)
@@ -221,9 +229,13 @@ class WanDiT(nn.Module):
         text = self.embed_text(text)
         for block in self.blocks[:qk_block]:
             x = _run_block(block, recompute, x, modulation, text, rope)
-        if qk_block is not None:
-            return self.blocks[qk_block].qk(x, modulation, rope)
-        return self.unpatchify(self.head(x, time), grid)
+        qk = () if qk_block is None else self.blocks[qk_block].qk(x, modulation, rope)
+        if qk and not velocity:
+            return qk
+        for block in self.blocks[qk_block:] if qk else ():
+            x = _run_block(block, recompute, x, modulation, text, rope)
+        out = self.unpatchify(self.head(x, time), grid)
+        return (out, *qk) if qk else out
 
     def embed_text(self, text: Tensor) -> Tensor:
         """(B,L,text_dim) -> (B,text_len,C); padding before the MLP, so that pads become its output for zero."""

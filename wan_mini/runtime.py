@@ -47,6 +47,11 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def has_amx(device: torch.device) -> bool:
+    """Whether this is a CPU with matrix units for bfloat16 (Intel AMX), several times as fast as its float32."""
+    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory of a GPU that new tensors may take; None for a CPU, which shares its memory with everything else."""
     if device.type != "cuda":

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wan_mini.runtime import digest, pick_dtype
+from wan_mini.runtime import digest, has_amx, pick_dtype
 from wan_mini.tiny.muon import Muon, split_parameters
 
 SAVE_EVERY = 300  # seconds
@@ -119,7 +119,7 @@ class Training:
     def run(self, loss_of: Callable[[nn.Module, int, Generator], Tensor], sheet: Callable[[], np.ndarray]) -> None:
         """Step until the end, saving now and then. Raises SystemExit at the deadline, FloatingPointError on NaN."""
         job, steps, clock = self.job, self.job.recipe.steps, time.monotonic()
-        fast = pick_dtype(job.device) == torch.bfloat16
+        fast = pick_dtype(job.device) == torch.bfloat16 or has_amx(job.device)
         with tqdm(initial=len(self.losses), total=steps, desc=self.name, unit="step") as bar:
             while (number := len(self.losses)) < steps:
                 with torch.autocast(job.device.type, torch.bfloat16, enabled=fast):

@@ -1,8 +1,9 @@
-"""Train the tiny Wan from a seed to a checkpoint, with three commands:
+"""Train the tiny Wan from a seed to a checkpoint, with four commands:
 
     python -m wan_mini.tiny.train vae        the VAE, on pictures, then on short clips
     python -m wan_mini.tiny.train decoder    its decoder alone, for sharper videos from the same latents
     python -m wan_mini.tiny.train dit        DiT and text encoder, on that VAE's latents of pictures, then of clips
+    python -m wan_mini.tiny.train motion     the same two, until one block's attention follows what moves
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
 alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
@@ -13,6 +14,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,12 +33,13 @@ from torch import Tensor, nn
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.generate import SHIFT_AND_CFG, decode, generate
-from wan_mini.load import Wan, load_vae, save_wan
+from wan_mini.load import Wan, load_vae, load_wan, save_wan
 from wan_mini.runtime import Parser, digest, pick_device, run
 from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.loop import Job, Recipe, Training
+from wan_mini.tiny.matching import matching_loss, true_places
 from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -63,6 +66,12 @@ DIT_PHASES = (  # until this share of the steps, in turns: which latents, how ma
     (0.3626, [("closeups", 1, 32)]),  # which word means which shape, drawn large
     (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # all of it
 )
+MOTION_PHASES = (
+    (0.5, [("clips", 9, 1), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),
+    (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # what words mean, once more
+)
+MATCHING_BLOCK, MATCHING_TAU = 3, 3.0  # whose queries and keys learn to match, and at which tau: TINY_MOTION's
+MATCHING_WEIGHT = 0.1  # beside the velocity's error
 PER_CLIP = {"pictures": 4, "clips": 1, "closeups": 8}  # latents of each sort that the DiT is trained on, per --clips
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
 RECIPES = {
@@ -77,6 +86,16 @@ RECIPES = {
         lr=0.03,
         ema=0.998,
         decay=((0, 1), (0.105, 0.6), (0.3, 0), (0.3075, 0.6), (0.7, 0), (0.709, 0.6), (1, 0)),
+    ),
+    # On clips, with so few captions a step, words lost their meaning: so the rate rose again, and close-ups came back.
+    "motion": Recipe(
+        steps=3600,
+        batch=8,
+        clips=1024,
+        lr=0.018,
+        adam_lr=1.8e-3,
+        ema=0.998,
+        decay=((0, 1), (0.5, 0), (0.5067, 0.6), (0.6667, 0), (0.6733, 0.6), (1, 0)),
     ),
 }
 
@@ -106,9 +125,18 @@ def drop_captions(rng: Generator, ids: Tensor, empty: Tensor, rate: float = DROP
     return torch.where(dropped[:, None], empty, ids)  # (B,1) picks (L,) or (B,L) -> (B,L)
 
 
-def flow_loss(dit: WanDiT, encoder: UMT5Encoder, clean: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor) -> Tensor:
+def flow_loss(
+    dit: WanDiT,
+    encoder: UMT5Encoder,
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    ids: Tensor,
+    places: Tensor | None = None,
+) -> Tensor:
     """Squared error of the velocity: from clean latents (B,16,F,h,w) straight to noise. sigma (B,), ids (B,L).
 
+    places (B,F,S,F,2) of matching.py: then also, less weighted, how badly MATCHING_BLOCK matches.
     Source: rectified flow (arXiv 2209.03003); Wan technical report (arXiv 2503.20314), section 4.2.
     """
     level = sigma.to(clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
@@ -116,7 +144,11 @@ def flow_loss(dit: WanDiT, encoder: UMT5Encoder, clean: Tensor, noise: Tensor, s
     ids = ids.to(clean.device)
     mask = (ids != 0).long()  # 0 is padding
     text = encoder(ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
-    return F.mse_loss(dit(noisy, 1000 * sigma, text), noise - clean)
+    if places is None:
+        return F.mse_loss(dit(noisy, 1000 * sigma, text), noise - clean)
+    velocity, q, k = dit(noisy, 1000 * sigma, text, qk_block=MATCHING_BLOCK, velocity=True)
+    matching = matching_loss(q, k, places.to(clean.device), dit.grid(clean), MATCHING_TAU)
+    return F.mse_loss(velocity, noise - clean) + MATCHING_WEIGHT * matching
 
 
 def vae_loss(vae: WanVAE, video: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -251,46 +283,73 @@ def stored_vae(job: Job) -> WanVAE:
 
 def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
     """Train DiT and text encoder together on the latents of training clips; complete the checkpoint folder."""
-    vae, code = stored_vae(job), digest(job.folder / VAE_FILE)[:8]
-    shards, captions, coder = {}, {}, partial(encode, vae, job.device)
-    for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
-        folder, count = f"{name}-{code}", PER_CLIP[name] * job.recipe.clips
-        shards[name], captions[name] = cached(job, folder, count, coder, make)
+    vae = stored_vae(job)
+    shards, captions = latents_of(job, vae)
     texts = captions["pictures"] + captions["clips"]  # close-ups show the same scenes, and some more
     texts = [*texts, *map(casual, texts)]
     (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
     tokenizer = Tokenizer.from_file(job.work / "tokenizer.json")
-    ids = {name: token_table(tokenizer, [*some, *map(casual, some), ""]) for name, some in captions.items()}  # (2n+1,L)
-    model = seeded(job.seed, lambda: nn.ModuleDict({"dit": WanDiT(config), "text": UMT5Encoder(text)}))
-    training = Training("dit", job, model)
+    dit, encoder = seeded(job.seed, lambda: nn.ModuleList([WanDiT(config), UMT5Encoder(text)]))
+    fit_dit("dit", job, Wan(dit, vae, encoder, tokenizer, "tiny"), DIT_PHASES, shards, captions)
+
+
+def train_motion(job: Job) -> None:
+    """Train DiT and text encoder of the checkpoint on: the same loss, and on clips the matching loss beside it."""
+    if not (job.folder / "config.json").exists():
+        raise FileNotFoundError(f"{job.folder} has no transformer: run the stage dit with the same --folder first")
+    wan = load_wan(job.folder, device=job.device, dtype=torch.float32)
+    shutil.copy(next(job.folder.rglob("tokenizer.json")), job.work)
+    shards, captions = latents_of(job, wan.vae)
+    for part in (wan.dit, wan.text_encoder):
+        part.requires_grad_()
+    fit_dit("motion", job, wan, MOTION_PHASES, shards, captions)
+
+
+def latents_of(job: Job, vae: WanVAE) -> tuple[dict[str, list[np.ndarray]], dict[str, list[str]]]:
+    """Shards of latents of each sort of training data, and their captions."""
+    code, coder, shards, captions = digest(job.folder / VAE_FILE)[:8], partial(encode, vae, job.device), {}, {}
+    for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
+        count = PER_CLIP[name] * job.recipe.clips
+        shards[name], captions[name] = cached(job, f"{name}-{code}", count, coder, make)
+    return shards, captions
+
+
+def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict, captions: dict) -> None:
+    """Train DiT and text encoder through the phases of one stage, then write them and the rest to the folder."""
+    ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), ""]) for sort, some in captions.items()}
+    training = Training(name, job, nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder}))
     prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
 
     def loss_of(model: nn.ModuleDict, step: int, rng: Generator) -> Tensor:
-        turns = next(turns for end, turns in DIT_PHASES if step / job.recipe.steps < end)
-        name, frames, share = turns[step % len(turns)]
-        picks = rng.integers(len(captions[name]), size=max(1, round(job.recipe.batch * share)))
-        clean = np.stack([shards[name][pick // SHARD][pick % SHARD][:, :frames] for pick in picks])  # (B,16,F,h,w)
+        turns = next(turns for end, turns in phases if step / job.recipe.steps < end)
+        sort, frames, share = turns[step % len(turns)]
+        picks = rng.integers(len(captions[sort]), size=max(1, round(job.recipe.batch * share)))
+        clean = np.stack([shards[sort][pick // SHARD][pick % SHARD][:, :frames] for pick in picks])  # (B,16,F,h,w)
         clean = torch.from_numpy(clean).to(job.device).float()
-        rows = ids[name][rng.choice([0, len(captions[name])], size=len(picks)) + picks]  # as written, or casual: (B,L)
-        rows = drop_captions(rng, rows, ids[name][-1])
-        return flow_loss(model["dit"], model["text"], clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows)
+        rows = ids[sort][rng.choice([0, len(captions[sort])], size=len(picks)) + picks]  # as written, or casual: (B,L)
+        rows = drop_captions(rng, rows, ids[sort][-1])
+        batch = clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows
+        matched = name == "motion" and sort == "clips"
+        places = torch.from_numpy(np.stack([true_places(int(pick)) for pick in picks])) if matched else None
+        return flow_loss(model["dit"], model["text"], *batch, places)
 
     def sheet() -> np.ndarray:
-        wan = Wan(training.ema["dit"], vae, training.ema["text"], tokenizer, "tiny")
+        average = replace(wan, dit=training.ema["dit"], text_encoder=training.ema["text"])
         sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": "", "device": job.device}
-        latents = [generate(wan, prompt, size=(HEIGHT, WIDTH), frames=FRAMES, **sampler) for prompt in prompts]
-        rows = [np.concatenate([*decode(vae, z, job.device)[::8]], axis=1) for z in latents]  # (5,H,W,3) -> (H,5W,3)
+        latents = [generate(average, prompt, size=(HEIGHT, WIDTH), frames=FRAMES, **sampler) for prompt in prompts]
+        clips = [decode(wan.vae, z, job.device)[::8] for z in latents]  # (5,H,W,3) each
+        rows = [np.concatenate([*clip], axis=1) for clip in clips]  # -> (H,5W,3) each
         return np.concatenate(rows)  # -> (2H,5W,3)
 
     training.run(loss_of, sheet)
     dit, text_encoder = halved(training.ema["dit"]), halved(training.ema["text"])
-    save_wan(job.folder, dit, halved(vae), text_encoder, job.work / "tokenizer.json")
+    save_wan(job.folder, dit, halved(wan.vae), text_encoder, job.work / "tokenizer.json")
     training.report()
 
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, then decoder, then dit.")
+    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, decoder, dit, motion.")
     p.add_argument("stage", choices=list(RECIPES))
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--folder", type=Path, default=Path("wan_mini/tiny/checkpoint"), help="the result (%(default)s)")
@@ -314,7 +373,7 @@ def program(argv: list[str] | None) -> None:
     command = shlex.join(["python", "-m", "wan_mini.tiny.train", *(sys.argv[1:] if argv is None else argv)])
     recipe, deadline = replace(RECIPES[args.stage], **given), time.monotonic() + 60 * args.minutes
     job = Job(recipe, args.work, args.folder, pick_device(args.device), args.seed, args.workers, deadline, command)
-    {"vae": train_vae, "decoder": train_decoder, "dit": train_dit}[args.stage](job)
+    {"vae": train_vae, "decoder": train_decoder, "dit": train_dit, "motion": train_motion}[args.stage](job)
 
 
 if __name__ == "__main__":

@@ -150,12 +150,19 @@ class Sprite(NamedTuple):
 Motion = tuple[tuple[str, ...], Pose | None, list[Sprite]]  # names, camera, sprites from the lowest to the topmost
 
 
-def make_clip(seed: int, kind: str | None = None, split: str = "train", frames: Sequence[int] = range(FRAMES)) -> Clip:
-    """The clip of a seed: same seed, same bytes.
+class Stage(NamedTuple):
+    """All that is decided about a clip before anything is drawn."""
 
-    seed >= 0; the splits have no generator in common, and "train" has no pair of HELD_OUT. kind: one of KINDS, None
-    for any. frames: which of the 33 to draw and track, [] for the caption alone. Raises ValueError on others.
-    """
+    scene: Scene
+    kind: str
+    motions: tuple[str, ...]
+    camera: Pose | None  # None: it rests
+    sprites: list[Sprite]  # from the lowest to the topmost
+    rng: Generator  # for the ground's texture
+
+
+def set_stage(seed: int, kind: str | None = None, split: str = "train") -> Stage:
+    """What the clip of a seed shows and how it moves; arguments and errors are make_clip's."""
     if seed < 0 or kind not in (None, *KINDS) or split not in SPLITS:
         raise ValueError(f"got {seed=}, {kind=}, {split=}: give a seed >= 0, a kind of {KINDS}, a split of {SPLITS}")
     rng = np.random.default_rng(2 * seed + SPLITS.index(split))  # even numbers train, odd ones are held out
@@ -165,6 +172,16 @@ def make_clip(seed: int, kind: str | None = None, split: str = "train", frames: 
     limb = str(rng.choice(list(LIMBS))) if kind == "articulated" else None
     scene = _draw_scene(rng, count, limb, split)
     motions, camera, sprites = {"camera": _film, "articulated": _articulate}.get(kind, _move)(rng, scene.objects)
+    return Stage(scene, kind, motions, camera, sprites, rng)
+
+
+def make_clip(seed: int, kind: str | None = None, split: str = "train", frames: Sequence[int] = range(FRAMES)) -> Clip:
+    """The clip of a seed: same seed, same bytes.
+
+    seed >= 0; the splits have no generator in common, and "train" has no pair of HELD_OUT. kind: one of KINDS, None
+    for any. frames: which of the 33 to draw and track, [] for the caption alone. Raises ValueError on others.
+    """
+    scene, kind, motions, camera, sprites, rng = set_stage(seed, kind, split)
     tracks, visible, owners = _track(camera, sprites)
     which = np.array(frames, dtype=int)
     pixels = _paint_ground(rng, scene.background, camera, which)
@@ -268,6 +285,11 @@ def _articulate(rng: Generator, objects: Objects) -> Motion:
     return (motion,), None, [*sprites, _body(rng, top, *body, 18)]
 
 
+def in_frame(z: np.ndarray) -> np.ndarray:
+    """Whether places lie on some pixel."""
+    return (np.abs(z.real - (WIDTH - 1) / 2) < WIDTH / 2) & (np.abs(z.imag - (HEIGHT - 1) / 2) < HEIGHT / 2)
+
+
 def _track(camera: Pose | None, sprites: list[Sprite]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre and tips of each sprite, and with a camera a 4 x 6 grid on the ground that frame 0 shows."""
     places, layers = [], []
@@ -281,7 +303,7 @@ def _track(camera: Pose | None, sprites: list[Sprite]) -> tuple[np.ndarray, np.n
         places.append(sprite.pose(np.append(0, tips)[:, None]))  # (1 + tips, 1) -> (1 + tips, T)
         layers += [layer] * (1 + len(tips))
     z, layers = np.concatenate(places), np.array(layers)  # (points, T), (points,)
-    visible = (np.abs(z.real - (WIDTH - 1) / 2) < WIDTH / 2) & (np.abs(z.imag - (HEIGHT - 1) / 2) < HEIGHT / 2)
+    visible = in_frame(z)
     for layer, sprite in enumerate(sprites):
         visible &= (sprite.shape.edge(sprite.pose.inverse(z)) > 0) | (layers >= layer)[:, None]
     owners = np.array([sprite.owner for sprite in sprites] + [-1])[layers]

@@ -1,0 +1,73 @@
+"""A loss that teaches one block of a DiT to match: its motion flow shall find each token where the world put it.
+
+Large video models' queries and keys follow motion though nobody asked them to: FastVMT lives on that. Our small
+one did not learn it from flow matching alone. The world knows the true matches, so it can be asked to.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wan_mini.tiny.world import FRAMES, HEIGHT, WIDTH, Pose, Sprite, in_frame, set_stage
+
+TOKEN = 16  # pixels: an 8 times smaller latent, patches of 2
+GRID = (1 + (FRAMES - 1) // 4, HEIGHT // TOKEN, WIDTH // TOKEN)  # (9, 8, 12)
+
+
+def true_places(seed: int, kind: str | None = None, split: str = "train") -> np.ndarray:
+    """Where what each token of a clip shows at its middle is in each latent frame: the world's exact motion flow.
+
+    -> (F,S,F,2) float32, absolute rows and columns in tokens, from frame and token to frame; NaN where it is out of
+    the frame or behind another sprite. A latent frame stands for the middle of its four frames; the first is one alone.
+    """
+    stage = set_stage(seed, kind, split)
+    frames, rows, columns = GRID
+    times = np.maximum(4 * np.arange(frames) - 2, 0)
+    middle = TOKEN * (np.arange(columns) + 1j * np.arange(rows)[:, None]).flatten() + (1 + 1j) * (TOKEN - 1) / 2  # (S,)
+    z = np.broadcast_to(middle, (frames, len(middle)))[:, :, None]  # (F,S,1)
+    owner = _topmost(stage.sprites, z, times[:, None, None])  # (F,S,1): of the place where it starts
+    found = np.broadcast_to(z, (frames, len(middle), frames)).copy()  # (F,S,F): the ground under a resting camera rests
+    for layer, pose in enumerate([stage.camera, *(sprite.pose for sprite in stage.sprites)], -1):
+        if pose is not None:
+            start, end = pose.at(times), Pose(pose.turn[times], pose.shift[times])  # (F,1,1), (F,)
+            found = np.where(owner == layer, end(start.inverse(z)), found)
+    hidden = _topmost(stage.sprites, found, times) > owner
+    found[hidden | ~in_frame(found)] = complex(np.nan, np.nan)
+    return ((np.stack([found.imag, found.real], axis=-1) + 0.5) / TOKEN - 0.5).astype(np.float32)
+
+
+def _topmost(sprites: list[Sprite], z: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The number of the topmost sprite at places z in frames `times`, which broadcasts with z; -1 is the ground."""
+    owner = np.full(z.shape, -1)
+    for layer, sprite in enumerate(sprites):
+        pose = Pose(sprite.pose.turn[times], sprite.pose.shift[times])
+        owner[sprite.shape.edge(pose.inverse(z)) <= 0] = layer
+    return owner
+
+
+def matching_loss(q: Tensor, k: Tensor, places: Tensor, grid: tuple[int, int, int], tau: float) -> Tensor:
+    """Cross-entropy of the AMF's softmax (window.py, all tokens of a frame) with the true places.
+
+    q, k (B,N,M,D) of clips; places (B,F,S,F,2), absolute, in tokens, NaN where unknown. A place between four tokens is
+    a match with each of them, by their nearness, so that the softmax's mean, which the flow is, can be exact. Half of
+    the loss is of matches that move, half of those that rest: most of a frame rests, and would have nearly all of it.
+    """
+    frames, rows, columns = grid
+    logits = tau / (q.shape[2] * q.shape[3] ** 0.5) * q.flatten(2) @ k.flatten(2).mT  # (B,N,MD) -> (B,N,N)
+    log_p = logits.float().unflatten(2, (frames, -1)).log_softmax(-1)  # (B,N,N) -> (B,N,F,S)
+    places = places.flatten(1, 2)  # (B,F,S,F,2) -> (B,N,F,2)
+    known = places.isfinite().all(-1)  # (B,N,F)
+    limit = places.new_tensor([rows - 1, columns - 1])
+    at = places.nan_to_num().clamp(min=torch.zeros_like(limit), max=limit)
+    low = at.floor().minimum(limit - 1)  # of the four tokens around a place, the one at the top left
+    loss = 0
+    for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        token = low + low.new_tensor(corner)
+        weight = (1 - (at - token).abs()).prod(-1)  # (B,N,F,2) -> (B,N,F), the four add up to 1
+        number = (token[..., 0] * columns + token[..., 1]).long()
+        loss = loss - weight * log_p.gather(-1, number[..., None])[..., 0]  # (B,N,F,S) -> (B,N,F)
+    start = torch.cartesian_prod(*map(torch.arange, grid))[:, None, 1:].to(places)  # (N,1,2): each token's own place
+    moves = (places - start).abs().amax(-1) > 1 / 4  # NaN: False. (B,N,F,2) -> (B,N,F)
+    other = ~torch.eye(frames, dtype=torch.bool, device=q.device).repeat_interleave(rows * columns, 0)  # (N,F)
+    halves = [loss[known & other & group].mean() for group in (moves, ~moves)]
+    return sum(half for half in halves if half.isfinite()) / 2
