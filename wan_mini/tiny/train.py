@@ -87,7 +87,7 @@ RECIPES = {
         ema=0.998,
         decay=((0, 1), (0.105, 0.6), (0.3, 0), (0.3075, 0.6), (0.7, 0), (0.709, 0.6), (1, 0)),
     ),
-    # On clips, with so few captions a step, words lost their meaning: so the rate rose again, and close-ups came back.
+    # On clips, with so few captions a step, words lost their meaning: close-ups came back, and the rate rose twice.
     "motion": Recipe(
         steps=3600,
         batch=8,
