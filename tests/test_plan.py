@@ -49,11 +49,12 @@ def test_living_bytes_by_hand():
 def test_what_is_foreseen_is_what_is_used(stage, monkeypatch):
     """On a CPU, but for what its convolutions take for themselves: they are replaced by their result's shape."""
 
-    def empty_result(conv, x, weight):
-        shape = F.conv3d(x.to("meta"), weight.to("meta"), None, conv.stride, conv.padding).shape
-        return x.new_zeros(shape)
+    def empty_result(conv, x, weight, *_):
+        convolution = F.conv3d if x.ndim == 5 else F.conv2d
+        return x.new_zeros(convolution(x.to("meta"), weight.to("meta"), None, conv.stride, conv.padding).shape)
 
     monkeypatch.setattr(CausalConv3d, "convolve", empty_result)
+    monkeypatch.setattr(torch.nn.Conv2d, "_conv_forward", empty_result)
     calls = stage_calls(parts("cpu"), CONFIG, gradient)[stage], stage_calls(parts("meta"), CONFIG, gradient)[stage]
     with torch.no_grad():
         used = logged_peak(calls[0])
