@@ -57,17 +57,18 @@ def random_qk(grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_loss_reads_the_softmax_of_the_flow():
-    """Its gradient in the logits is softmax - target, so at equal steps the flow's mean moves to the true place."""
-    grid, tau = (3, 4, 5), 3.0
+    """Asked for one place after the other, it tells the weight of each; their mean is the place that the flow finds."""
+    grid, tau, (i, u, j) = (3, 4, 5), 3.0, (0, 7, 2)
     q, k = random_qk(grid)
-    scale = tau / (2 * 8**0.5)
-    pairs = [(i, j) for i in range(3) for j in range(3)]
-    logits = (scale * q.flatten(2) @ k.flatten(2).mT)[0].unflatten(1, (3, 20)).unflatten(0, (3, 20))  # (F,S,F,S)
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
-    own = torch.stack([rows, columns], -1).flatten(0, 1)  # (S,2)
-    places = logits.softmax(-1) @ own  # (F,S,F,2): as if the flow were the truth
-    flow = dense_amf(q, k, grid, pairs, tau=tau).unflatten(0, (3, 3))  # (F,F,S,2)
-    assert torch.allclose(places.transpose(1, 2) - own, flow, atol=1e-5)
+    own, weights = torch.stack([rows, columns], -1).flatten(0, 1), []  # (S,2)
+    for place in own:
+        places = torch.full((1, 3, 20, 3, 2), torch.nan)
+        places[0, i, u, j] = place
+        weights.append((-2 * matching_loss(q, k, places, grid, tau)).exp())  # the only match is one of the two halves
+    weights = torch.stack(weights)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert torch.allclose(weights @ own - own[u], dense_amf(q, k, grid, [(i, j)], tau=tau)[0, u], atol=1e-4)
 
 
 def test_the_loss_by_hand():

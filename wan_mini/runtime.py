@@ -49,7 +49,7 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 
 def has_amx(device: torch.device) -> bool:
     """Whether this is a CPU with matrix units for bfloat16 (Intel AMX), several times as fast as its float32."""
-    return device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    return device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
 
 
 def free_bytes(device: torch.device) -> int | None:

@@ -316,6 +316,7 @@ def latents_of(job: Job, vae: WanVAE) -> tuple[dict[str, list[np.ndarray]], dict
 
 def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict, captions: dict) -> None:
     """Train DiT and text encoder through the phases of one stage, then write them and the rest to the folder."""
+    # Of each sort (2n+1,L): captions as written, casual, and the empty one.
     ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), ""]) for sort, some in captions.items()}
     training = Training(name, job, nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder}))
     prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
