@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_mini.tiny.world import FRAMES, HEIGHT, WIDTH, Pose, Sprite, in_frame, set_stage
+from wan_mini.tiny.world import FRAMES, HEIGHT, WIDTH, Pose, in_frame, set_stage, topmost
 
 TOKEN = 16  # pixels: an 8 times smaller latent, patches of 2
 GRID = (1 + (FRAMES - 1) // 4, HEIGHT // TOKEN, WIDTH // TOKEN)  # (9, 8, 12)
@@ -25,24 +25,15 @@ def true_places(seed: int, kind: str | None = None, split: str = "train") -> np.
     times = np.maximum(4 * np.arange(frames) - 2, 0)
     middle = TOKEN * (np.arange(columns) + 1j * np.arange(rows)[:, None]).flatten() + (1 + 1j) * (TOKEN - 1) / 2  # (S,)
     z = np.broadcast_to(middle, (frames, len(middle)))[:, :, None]  # (F,S,1)
-    owner = _topmost(stage.sprites, z, times[:, None, None])  # (F,S,1): of the place where it starts
+    owner = topmost(stage.sprites, z, times[:, None, None])  # (F,S,1): of the place where it starts
     found = np.broadcast_to(z, (frames, len(middle), frames)).copy()  # (F,S,F): the ground under a resting camera rests
     for layer, pose in enumerate([stage.camera, *(sprite.pose for sprite in stage.sprites)], -1):
         if pose is not None:
             start, end = pose.at(times), Pose(pose.turn[times], pose.shift[times])  # (F,1,1), (F,)
             found = np.where(owner == layer, end(start.inverse(z)), found)
-    hidden = _topmost(stage.sprites, found, times) > owner
+    hidden = topmost(stage.sprites, found, times) > owner
     found[hidden | ~in_frame(found)] = complex(np.nan, np.nan)
     return ((np.stack([found.imag, found.real], axis=-1) + 0.5) / TOKEN - 0.5).astype(np.float32)
-
-
-def _topmost(sprites: list[Sprite], z: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """The number of the topmost sprite at places z in frames `times`, which broadcasts with z; -1 is the ground."""
-    owner = np.full(z.shape, -1)
-    for layer, sprite in enumerate(sprites):
-        pose = Pose(sprite.pose.turn[times], sprite.pose.shift[times])
-        owner[sprite.shape.edge(pose.inverse(z)) <= 0] = layer
-    return owner
 
 
 def matching_loss(q: Tensor, k: Tensor, places: Tensor, grid: tuple[int, int, int], tau: float) -> Tensor:

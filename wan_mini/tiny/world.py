@@ -290,6 +290,15 @@ def in_frame(z: np.ndarray) -> np.ndarray:
     return (np.abs(z.real - (WIDTH - 1) / 2) < WIDTH / 2) & (np.abs(z.imag - (HEIGHT - 1) / 2) < HEIGHT / 2)
 
 
+def topmost(sprites: list[Sprite], z: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """The number of the topmost sprite at places z in frames `times`, which broadcasts with z; -1 is the ground."""
+    owner = np.full(z.shape, -1)
+    for layer, sprite in enumerate(sprites):
+        pose = Pose(sprite.pose.turn[times], sprite.pose.shift[times])
+        owner[sprite.shape.edge(pose.inverse(z)) <= 0] = layer
+    return owner
+
+
 def _track(camera: Pose | None, sprites: list[Sprite]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Centre and tips of each sprite, and with a camera a 4 x 6 grid on the ground that frame 0 shows."""
     places, layers = [], []
@@ -303,9 +312,7 @@ def _track(camera: Pose | None, sprites: list[Sprite]) -> tuple[np.ndarray, np.n
         places.append(sprite.pose(np.append(0, tips)[:, None]))  # (1 + tips, 1) -> (1 + tips, T)
         layers += [layer] * (1 + len(tips))
     z, layers = np.concatenate(places), np.array(layers)  # (points, T), (points,)
-    visible = in_frame(z)
-    for layer, sprite in enumerate(sprites):
-        visible &= (sprite.shape.edge(sprite.pose.inverse(z)) > 0) | (layers >= layer)[:, None]
+    visible = in_frame(z) & (topmost(sprites, z, np.arange(FRAMES)) <= layers[:, None])
     owners = np.array([sprite.owner for sprite in sprites] + [-1])[layers]
     return np.stack([z.imag, z.real], axis=-1), visible, owners  # (points, T) -> (points, T, 2)
 
