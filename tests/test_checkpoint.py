@@ -41,7 +41,7 @@ def test_the_vae_restores_held_out_clips():
 def test_motion_transfer_gives_the_stored_figures(tmp_path):
     """The first four clips of benchmarks/evaluation.csv, one of each kind, with their prompts, once more.
 
-    Another processor adds in another order, and 150 updates of a latent magnify that; so the limits are wide enough
+    Another processor adds in another order, and 200 updates of a latent magnify that; so the limits are wide enough
     for clips to differ, and too narrow for a transfer that does not follow.
     """
     now = tmp_path / "now.csv"
