@@ -132,7 +132,7 @@ class MotionConfig:
 
 # For the tiny model, whose grid is 8x12 tokens: a small window, fewer steps, and guidance for longer and with larger
 # updates than the paper's; block and tau are those that its training taught to match. The share and the rates were
-# chosen on eight training clips (README): with larger rates the colour of the ground went before the motion was better.
+# chosen on eight training clips (README): larger rates cost colours and grounds of the result.
 TINY_MOTION = MotionConfig(
     height=128,
     width=192,
