@@ -89,6 +89,10 @@ class MotionConfig:
     # noised reference's, for both. "own": each video's own, anew at every gradient (release); near pure noise these
     # are almost random, so a prototype on a small trained Wan followed its reference far better with ref0 (README).
     centres: str = "ref0"
+    # Whose flow is wanted. "noised": that of the reference with the step's noise (Sec. 4.1, release); "clean": without
+    # noise, once per run (Sec. 3.2; "ref" is then "ref0"). A flow read near pure noise says little of the reference,
+    # but a clean one asks of a noisy latent what its own flow may not be able to show.
+    reference: str = "noised"
     centre_kind: str = "argmax"  # the best match (Eq. 4); "soft": the mean over all (Eq. 2; release)
     vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
 
@@ -96,6 +100,7 @@ class MotionConfig:
         choices = {
             "amf": ("windowed", "dense", "none"),
             "centres": ("ref0", "ref", "own"),
+            "reference": ("noised", "clean"),
             "centre_kind": ("argmax", "soft"),
         }
         for name, allowed in choices.items():
@@ -224,8 +229,8 @@ def transfer(
 class Guide:
     """The motion of a reference clip, and the loss that pulls a latent towards it.
 
-    The reference is read without its text (null), the result with its prompt. Both carry the same noise: what is
-    compared at each step is how two equally noisy latents move.
+    The reference is read without its text (null), the result with its prompt. Both carry the same noise, so that what
+    is compared at each step is how two equally noisy latents move; unless the reference is taken clean.
     """
 
     def __init__(
@@ -243,9 +248,13 @@ class Guide:
         self.block = config.block_of(dit)
         self.recompute = recompute or least_recompute(dit, self.grid, self.block, z_ref.device)
         self.report = {"pairs": len(self.pairs), "recompute": self.recompute, "key_gradient_norms": []}
-        self.centres = None  # each video's own
-        if config.amf == "windowed" and config.centres == "ref0":  # the clean reference's (t = 0)
-            self.centres = self.centres_of(*self.qk(z_ref, torch.zeros(1), null))
+        self.centres = self.clean = None  # found anew, at each step or at each gradient
+        ref0 = config.amf == "windowed" and config.centres == "ref0"
+        clean = config.amf != "none" and config.reference == "clean"
+        if ref0 or clean:
+            q, k = self.qk(z_ref, torch.zeros(1), null)  # t = 0
+            self.centres = self.centres_of(q, k) if ref0 else None
+            self.clean = self.wanted(q, k) if clean else None
 
     def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the block, (1,N,M,D) each."""
@@ -265,6 +274,12 @@ class Guide:
         centres = self.centres_of(q, k) if centres is None else centres
         return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
 
+    def wanted(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Flow of the reference, and the centres for both videos; None where each has its own."""
+        fresh = self.config.amf == "windowed" and self.config.centres == "ref"
+        centres = self.centres_of(q, k) if fresh else self.centres
+        return self.flow(q, k, centres)[0], centres
+
     def losses(self, q: Tensor, k: Tensor, flow_ref: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor]:
         """Flow loss (Eq. 5) and window loss (Eq. 7; 0 for dense flow, which has no windows)."""
         flow, windows = self.flow(q, k, centres)
@@ -274,11 +289,8 @@ class Guide:
     def loss_at(
         self, timestep: Tensor, noised_reference: Tensor, show: Callable[..., None] = lambda **losses: None
     ) -> Callable[[Tensor], Tensor]:
-        """The loss of a latent at this timestep, against the reference at the same noise (Eq. 8)."""
-        q_ref, k_ref = self.qk(noised_reference, timestep, self.null)
-        fresh = self.config.amf == "windowed" and self.config.centres == "ref"
-        centres = self.centres_of(q_ref, k_ref) if fresh else self.centres
-        flow_ref, _ = self.flow(q_ref, k_ref, centres)
+        """The loss of a latent at this timestep, against the reference at the same noise, or at none (Eq. 8)."""
+        flow_ref, centres = self.clean or self.wanted(*self.qk(noised_reference, timestep, self.null))
         norms: dict[str, float] = {}  # noted at the first gradient of the step
         self.report["key_gradient_norms"].append(norms)
 

@@ -98,11 +98,12 @@ def test_without_guidance_it_is_plain_generation(wan, clip):
     assert torch.equal(got, plain)
 
 
+@pytest.mark.parametrize("reference", ["noised", "clean"])
 @pytest.mark.parametrize("centres", ["ref0", "ref", "own"])
-def test_the_loss_is_the_papers(wan, clip, centres):
+def test_the_loss_is_the_papers(wan, clip, centres, reference):
     """Guide's loss against the loops of the notebooks, from queries and keys up; value and gradient to the latents."""
     loops, losses = naive("07_tiles_and_windows"), naive("08_losses")
-    config = replace(SMALL, centres=centres)
+    config = replace(SMALL, centres=centres, reference=reference)
     text, null = encode_prompts(wan, ["a ball", ""], CPU)
     z, noise, x = (torch.randn(1, 16, 3, 8, 12) for _ in range(3))
     t, noised, grid = torch.tensor(800.0), 0.2 * z + 0.8 * noise, (3, 4, 6)
@@ -115,7 +116,8 @@ def test_the_loss_is_the_papers(wan, clip, centres):
     def qk(latents, timestep, prompt):
         return wan.dit(latents, timestep.reshape(1), prompt, qk_block=2)
 
-    clean, ref, gen = qk(z, torch.zeros(1), null), qk(noised, t, null), qk(x, t, text)
+    clean, gen = qk(z, torch.zeros(1), null), qk(x, t, text)
+    ref = {"noised": qk(noised, t, null), "clean": clean}[reference]
     source = {"ref0": (clean, clean), "ref": (ref, ref), "own": (ref, gen)}[centres]
     ref_centres, gen_centres = (loops.tile_centres(*pair, grid, pairs, config.tile) for pair in source)
     options = (grid, pairs, config.tau, config.tile, config.window)
@@ -140,7 +142,11 @@ def test_guidance_lowers_the_loss_and_counts_gradients(wan, clip):
     assert (result.latents - unguided.latents).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("changes", [{"span": 1}, {"amf": "dense"}, {"window": 1}, {"tile": (5, 5)}, {"span": 99}])
+EXTREMES = [{"span": 1}, {"window": 1}, {"tile": (5, 5)}, {"span": 99}]
+EXTREMES += [{"amf": "dense"}, {"amf": "dense", "reference": "clean"}, {"amf": "none", "reference": "clean"}]
+
+
+@pytest.mark.parametrize("changes", EXTREMES)
 def test_extreme_settings_run(wan, clip, changes):
     assert transfer(wan, clip, "a ball", replace(SMALL, **changes)).latents.isfinite().all()
 
