@@ -248,7 +248,7 @@ class Guide:
         self.block = config.block_of(dit)
         self.recompute = recompute or least_recompute(dit, self.grid, self.block, z_ref.device)
         self.report = {"pairs": len(self.pairs), "recompute": self.recompute, "key_gradient_norms": []}
-        self.centres = self.clean = None  # found anew, at each step or at each gradient
+        self.centres = self.clean = None  # what is found once; None: anew, at each step or at each gradient
         ref0 = config.amf == "windowed" and config.centres == "ref0"
         clean = config.amf != "none" and config.reference == "clean"
         if ref0 or clean:
@@ -275,7 +275,7 @@ class Guide:
         return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
 
     def wanted(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Flow of the reference, and the centres for both videos; None where each has its own."""
+        """Flow of the reference (pairs, S, 2), and the centres for both videos; None where each has its own."""
         fresh = self.config.amf == "windowed" and self.config.centres == "ref"
         centres = self.centres_of(q, k) if fresh else self.centres
         return self.flow(q, k, centres)[0], centres

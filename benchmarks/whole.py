@@ -43,12 +43,11 @@ def random_wan(bench: Bench) -> Wan:
 
 
 def guided_step_operations(size: Size) -> int:
-    """The reference's pass, if each guided step has one, and the gradients of one guided step."""
+    """One reference pass and the gradients of one guided step."""
     c, tokens = size.motion, prod(size.grid)
     block = (size.dit.num_layers - 1) // 2 if c.block is None else c.block
     gradients = ceil(c.inner_steps / c.interval)
-    reference = forward_flops(size.dit, tokens, block) if c.reference == "noised" else 0
-    return reference + gradients * gradient_flops(size.dit, tokens, block)
+    return forward_flops(size.dit, tokens, block) + gradients * gradient_flops(size.dit, tokens, block)
 
 
 def run_once(wan: Wan, config: MotionConfig, device: torch.device) -> dict[str, dict]:
