@@ -14,12 +14,6 @@ TOKEN = 16  # pixels: an 8 times smaller latent, patches of 2
 GRID = (1 + (FRAMES - 1) // 4, HEIGHT // TOKEN, WIDTH // TOKEN)  # (9, 8, 12)
 
 
-def middles(side: int) -> np.ndarray:
-    """The middles of the squares, so many pixels wide, of which a frame consists: complex, (rows, columns)."""
-    rows, columns = HEIGHT // side, WIDTH // side
-    return side * (np.arange(columns) + 1j * np.arange(rows)[:, None]) + (1 + 1j) * (side - 1) / 2
-
-
 def true_places(seed: int, kind: str | None = None, split: str = "train") -> np.ndarray:
     """Where what each token of a clip shows at its middle is in each latent frame: the world's exact motion flow.
 
@@ -27,9 +21,9 @@ def true_places(seed: int, kind: str | None = None, split: str = "train") -> np.
     the frame or behind another sprite. A latent frame stands for the middle of its four frames; the first is one alone.
     """
     stage = set_stage(seed, kind, split)
-    frames = GRID[0]
+    frames, rows, columns = GRID
     times = np.maximum(4 * np.arange(frames) - 2, 0)
-    middle = middles(TOKEN).flatten()  # (S,)
+    middle = TOKEN * (np.arange(columns) + 1j * np.arange(rows)[:, None]).flatten() + (1 + 1j) * (TOKEN - 1) / 2  # (S,)
     z = np.broadcast_to(middle, (frames, len(middle)))[:, :, None]  # (F,S,1)
     owner = topmost(stage.sprites, z, times[:, None, None])  # (F,S,1): of the place where it starts
     found = np.broadcast_to(z, (frames, len(middle), frames)).copy()  # (F,S,F): the ground under a resting camera rests

@@ -15,7 +15,6 @@ from wan_mini.tiny.world import (
     HEIGHT,
     LIMBS,
     REACH,
-    SHADE,
     SHAPES,
     VIVID,
     WIDTH,
@@ -68,10 +67,8 @@ def read_scene(frames: np.ndarray, labels: np.ndarray, scene: Scene) -> tuple[Ob
     objects = [pair for _, *pair in sorted(seen, reverse=True)]
     if scene.objects and scene.objects[-1][0] in LIMBS:
         objects[-1][0] = scene.objects[-1][0]
-    middle = {name: SHADE * np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
-    middle["night sky"] = SHADE * np.average(
-        GROUNDS["night sky"][:2], axis=0, weights=[0.9, 0.1]
-    )  # which is nearly all dark
+    middle = {name: np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
+    middle["night sky"] = np.array(GROUNDS["night sky"][0])  # which is nearly all dark
     median = np.median(frames[labels < 0], axis=0) if (labels < 0).any() else np.full(3, 255)
     background = min(middle, key=lambda name: np.linalg.norm(median - middle[name]))
     objects = tuple(map(tuple, objects))
