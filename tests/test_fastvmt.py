@@ -305,7 +305,7 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
     monkeypatch.setattr(fastvmt, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
     assert main(["--dry-run"]) == 0
     out = capsys.readouterr().out
-    assert "9 x 8 x 12 = 864" in out and "26 frame pairs" in out and "80 gradients for 200 latent updates" in out
+    assert "9 x 8 x 12 = 864" in out and "36 frame pairs" in out and "60 gradients for 150 latent updates" in out
     assert main(["--model", "Wan2.1-T2V-1.3B", "--dry-run", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "21 x 30 x 52 = 32760" in out and "74 frame pairs" in out and "block 14 of 30" in out

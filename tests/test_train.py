@@ -26,6 +26,7 @@ from wan_mini.runtime import run
 from wan_mini.tiny import data, loop, train, world
 from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
 from wan_mini.tiny.matching import matching_loss, true_places
+from wan_mini.tiny.parts import near_sprites, parts_loss, reader, true_parts
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -39,9 +40,10 @@ STAGES = {
     "vae": (lambda job: train.train_vae(job, VAE), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "decoder": (train.train_decoder, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, warmup=2)),
-    "motion": (train.train_motion, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
+    "motion": (lambda job: train.STAGES["motion"](job), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
+    "shapes": (lambda job: train.STAGES["shapes"](job), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
 }
-BEFORE = {"decoder": "after vae", "dit": "after decoder", "motion": "after dit"}  # the folder each stage begins with
+BEFORE = dict(zip([*STAGES][1:], STAGES))  # the stage that each goes on from
 
 
 def small_clip(seed: int, kind: str | None = None, frames=range(17)) -> SimpleNamespace:
@@ -55,6 +57,16 @@ def small_places(seed: int) -> np.ndarray:
     places = true_places(seed).reshape(9, 8, 12, 9, 2)[:5, 2:6, 3:9, :5] - (2, 3)  # (F,H,W,F,2), rows and columns
     outside = (places < -0.5) | (places > (3.5, 5.5))
     return np.where(outside.any(-1, keepdims=True), np.nan, places).reshape(5, 24, 5, 2).astype(np.float32)
+
+
+def small_parts(seed: int, times) -> np.ndarray:
+    """The parts inside that cut-out: (times,24,4)."""
+    return true_parts(seed, times).reshape(-1, 8, 12, 4)[:, 2:6, 3:9].reshape(-1, 24, 4)
+
+
+def small_near_sprites(seed: int, times) -> np.ndarray:
+    """Latents near sprites inside that cut-out: (len(times),8,12)."""
+    return near_sprites(seed, times)[:, 4:12, 6:18]
 
 
 def job(stage: str, work: Path, **others) -> Job:
@@ -75,10 +87,15 @@ def small_world():
             "DIT_PHASES",
             ((0.3, [("pictures", 1, 2)]), (1.0, [("clips", 5, 1), ("closeups", 1, 2), ("clips", 3, 1)])),
         )
-        patch.setattr(train, "MOTION_PHASES", ((1.0, [("clips", 5, 1), ("pictures", 1, 2)]),))
+        for stage in ("motion", "shapes"):
+            phases = ((1.0, [("clips", 5, 1), ("pictures", 1, 2)]),)
+            patch.setitem(train.STAGES, stage, partial(train.train_on, stage, phases=phases))
         patch.setattr(train, "MATCHING_BLOCK", 1)
         patch.setattr(train, "make_clip", small_clip)
-        patch.setattr(train, "true_places", small_places)
+        patch.setattr(train, "LATENT_FRAMES", train.LATENT_FRAMES[:5])
+        for name, small in (("places", small_places), ("parts", small_parts)):
+            patch.setattr(train, f"true_{name}", small)
+        patch.setattr(train, "near_sprites", small_near_sprites)
 
         def cached(job, name, clips, convert, make=small_clip):
             parts = {data.make_picture: frames[:, :1], data.make_closeup: frames[:, :1, 16:48, 24:72]}
@@ -127,7 +144,7 @@ def test_twenty_steps_lower_the_loss_of_the_vae(whole, small_world):
 @pytest.mark.parametrize("stage", STAGES)
 def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     if stage in BEFORE:
-        shutil.copytree(whole / BEFORE[stage], tmp_path / "checkpoint")
+        shutil.copytree(whole / f"after {BEFORE[stage]}", tmp_path / "checkpoint")
     monkeypatch.setattr(train, "cached", small_world)
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=itertools.count().__next__))  # about one call a step
     with pytest.raises(SystemExit, match="the same command goes on"):
@@ -138,7 +155,7 @@ def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     assert ours["losses"] == wanted["losses"]
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
-    result = "diffusion_pytorch_model.safetensors" if stage in ("dit", "motion") else train.VAE_FILE
+    result = "diffusion_pytorch_model.safetensors" if stage in ("dit", "motion", "shapes") else train.VAE_FILE
     assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / f"after {stage}" / result).read_bytes()
 
 
@@ -161,10 +178,10 @@ def test_latents_meet_their_own_captions(whole, small_world, tmp_path, monkeypat
         made.append(small_world(*args))
         return made[-1]
 
-    def flow_loss(dit, encoder, clean, noise, sigma, ids, places):
-        assert places is None
+    def flow_loss(model, clean, noise, sigma, ids, truth):
+        assert truth == train.Truth()
         seen.extend(zip(clean.half().numpy(), ids.tolist()))
-        return loss(dit, encoder, clean, noise, sigma, ids)
+        return loss(model, clean, noise, sigma, ids, truth)
 
     monkeypatch.setattr(train, "cached", cached)
     monkeypatch.setattr(train, "flow_loss", flow_loss)
@@ -180,25 +197,35 @@ def test_latents_meet_their_own_captions(whole, small_world, tmp_path, monkeypat
     assert all([i for i in ids if i] in known[latent.tobytes()] for latent, ids in seen)
 
 
-def test_clips_meet_their_own_matches(whole, small_world, tmp_path, monkeypatch):
-    """In the stage motion: clips come with the places of their own seed, pictures without any."""
-    shutil.copytree(whole / "after dit", tmp_path / "checkpoint")
+@pytest.mark.parametrize("stage", ["motion", "shapes"])
+def test_latents_meet_their_own_truth(whole, small_world, tmp_path, monkeypatch, stage):
+    """Clips come with the matches, and in the stage shapes all with the parts and sprites, of their own seed."""
+    shutil.copytree(whole / f"after {BEFORE[stage]}", tmp_path / "checkpoint")
     monkeypatch.setattr(train, "cached", small_world)
     loss, seen = train.flow_loss, []
 
-    def flow_loss(dit, encoder, clean, noise, sigma, ids, places):
-        seen.append((clean, places))
-        return loss(dit, encoder, clean, noise, sigma, ids, places)
+    def flow_loss(model, clean, noise, sigma, ids, truth):
+        seen.append((clean, truth))
+        return loss(model, clean, noise, sigma, ids, truth)
 
     monkeypatch.setattr(train, "flow_loss", flow_loss)
-    train.train_motion(job("motion", tmp_path))
-    (latents,), _ = small_world(None, "", 4, partial(train.encode, train.stored_vae(job("motion", tmp_path)), CPU))
-    for clean, places in seen:
-        assert (places is None) == (clean.shape[2] == 1)
-        for clip, own in zip(clean, () if places is None else places):
-            (seed,) = (n for n, latent in enumerate(latents) if np.array_equal(clip.half().numpy(), latent))
-            assert np.array_equal(own.numpy(), small_places(seed), equal_nan=True)
-    assert any(places is not None for _, places in seen)
+    STAGES[stage][0](job(stage, tmp_path))
+    vae, sorts = train.stored_vae(job(stage, tmp_path)), {1: data.make_picture, 5: small_clip}
+    known = {n: small_world(None, "", 4, partial(train.encode, vae, CPU), make)[0][0] for n, make in sorts.items()}
+    for clean, truth in seen:
+        frames = clean.shape[2]
+        assert (truth.places is None) == (frames == 1)
+        assert (truth.parts is None) == (truth.sprites is None) == (stage == "motion")
+        for n, latent in enumerate(clean):
+            (seed,) = (i for i, other in enumerate(known[frames]) if np.array_equal(latent.half().numpy(), other))
+            times = [[0], [1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12], [13, 14, 15, 16]] if frames == 5 else [[seed]]
+            if frames == 5:
+                assert np.array_equal(truth.places[n].numpy(), small_places(seed), equal_nan=True)
+            if stage == "shapes":
+                middle = [0, 2, 6, 10, 14] if frames == 5 else [seed]
+                assert np.array_equal(truth.parts[n].numpy(), small_parts(seed, middle).reshape(-1, 4))
+                assert np.array_equal(truth.sprites[n].numpy(), small_near_sprites(seed, times))
+    assert {clean.shape[2] for clean, _ in seen} == {1, 5}
 
 
 def test_twenty_steps_of_motion_lower_the_matching_loss(whole, small_world):
@@ -214,6 +241,23 @@ def test_twenty_steps_of_motion_lower_the_matching_loss(whole, small_world):
     assert losses[1] < 0.98 * losses[0], losses
 
 
+def test_twenty_steps_of_shapes_lower_the_loss_of_the_parts(whole, small_world):
+    """On the same clean pictures: the reader as it began, before the stage, and as it became, after it."""
+    parts = torch.from_numpy(np.concatenate([small_parts(seed, [0]) for seed in range(4)]))  # (4,24,4)
+    losses = []
+    for stage in ("motion", "shapes"):
+        wan = load_wan(whole / f"after {stage}", device="cpu", dtype=torch.float32)
+        read = train.seeded(0, lambda: reader(DIT.dim))
+        if stage == "shapes":
+            ema = state(whole, "shapes")["ema"]
+            read.load_state_dict({name: ema[f"reader.{name}"] for name in read.state_dict()})
+        (latents,), _ = small_world(None, "", 4, partial(train.encode, wan.vae, CPU), data.make_picture)
+        with torch.no_grad(), train.stream_after(wan.dit.blocks[0]) as streams:
+            wan.dit(torch.from_numpy(latents).float(), torch.zeros(4), torch.zeros(4, 1, 16))
+            losses.append(parts_loss(read(streams[0]), parts).item())
+    assert losses[1] < 0.9 * losses[0], losses
+
+
 def test_matching_is_taught_where_the_transfer_reads():
     assert (TINY_MOTION.block, TINY_MOTION.tau) == (BLOCK, train.MATCHING_TAU)
 
@@ -226,7 +270,7 @@ def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):
 
 def test_the_checkpoint_loads_and_is_the_average(whole):
     wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
-    ema = state(whole, "motion")["ema"]
+    ema = state(whole, "shapes")["ema"]
     for name, module in (("dit", wan.dit), ("text", wan.text_encoder)):
         assert all(torch.equal(x, ema[f"{name}.{key}"].half().float()) for key, x in module.state_dict().items())
     assert (wan.dit.config, wan.text_encoder.config) == (DIT, TEXT)
@@ -287,21 +331,54 @@ def test_a_tenth_of_the_captions_is_dropped():
     assert torch.equal(out[~dropped], ids[~dropped])
 
 
-def test_the_loss_wants_noise_minus_clean_and_hides_padding():
-    seen = {}
+class Still(nn.Module):
+    """A DiT that predicts no velocity at all, and remembers what it was asked; its block passes on zeros."""
 
-    def dit(noisy, timestep, text):
-        seen.update(noisy=noisy, timestep=timestep, text=text)
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity()])
+
+    def forward(self, noisy, timestep, text):
+        self.noisy, self.timestep, self.text = noisy, timestep, text
+        self.blocks[0](torch.zeros(len(noisy), 3, 8))
         return torch.zeros_like(noisy)
 
+
+class Ones(nn.Module):
+    def forward(self, ids, mask):
+        return torch.ones(*ids.shape, 6)
+
+
+def test_the_loss_wants_noise_minus_clean_and_hides_padding():
     clean, noise, sigma = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.tensor([0.25, 1.0])
-    ids = torch.tensor([[7, 1, 0], [7, 8, 1]])
-    loss = train.flow_loss(dit, lambda ids, mask: torch.ones(*ids.shape, 6), clean, noise, sigma, ids)
+    ids, dit = torch.tensor([[7, 1, 0], [7, 8, 1]]), Still()
+    loss = train.flow_loss({"dit": dit, "text": Ones()}, clean, noise, sigma, ids, train.Truth())
     assert loss.item() == pytest.approx((noise - clean).square().mean().item())
-    assert torch.allclose(seen["noisy"][0], 0.75 * clean[0] + 0.25 * noise[0])
-    assert torch.equal(seen["noisy"][1], noise[1])
-    assert seen["timestep"].tolist() == [250, 1000]
-    assert torch.equal(seen["text"][..., 0], (ids != 0).float())
+    assert torch.allclose(dit.noisy[0], 0.75 * clean[0] + 0.25 * noise[0])
+    assert torch.equal(dit.noisy[1], noise[1])
+    assert dit.timestep.tolist() == [250, 1000]
+    assert torch.equal(dit.text[..., 0], (ids != 0).float())
+
+
+def test_sprites_count_six_times_where_they_can_be_seen():
+    """Of two clips, one too noisy: its sprites count as its ground does."""
+    clean, noise, sigma = torch.randn(2, 4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2), torch.tensor([0.8, 0.81])
+    sprites, ids = torch.rand(2, 3, 2, 2) < 0.3, torch.ones(2, 3, dtype=torch.long)
+    truth = train.Truth(sprites=sprites)
+    loss = train.flow_loss({"dit": Still(), "text": Ones()}, clean, noise, sigma, ids, truth)
+    error = (noise - clean).square().mean(1)  # (B,F,h,w)
+    weight = torch.ones(2, 3, 2, 2)
+    weight[0][sprites[0]] = 6
+    assert loss.item() == pytest.approx(((weight * error).sum() / weight.sum()).item(), rel=1e-5)
+
+
+def test_the_parts_are_read_off_the_stream():
+    clean, noise, sigma = torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 2), torch.tensor([0.5])
+    parts, read = torch.tensor([[[1.0, 0.5, 0.5, 1.0], [0, 0, 0, 0], [0, 0, 0, 0]]]), reader(8)
+    model = {"dit": Still(), "text": Ones(), "reader": read}
+    loss = train.flow_loss(model, clean, noise, sigma, torch.ones(1, 3, dtype=torch.long), train.Truth(parts=parts))
+    wanted = train.PARTS_WEIGHT * parts_loss(read(torch.zeros(1, 3, 8)), parts)
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5) and wanted > 0
 
 
 def test_the_average_follows_its_formula():

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 
 from wan_mini.tiny import world
-from wan_mini.tiny.world import COLOURS, GROUNDS, HELD_OUT, KINDS, LIMBS, MOTIONS, SHAPES, VIVID, make_clip, other_scene
+from wan_mini.tiny.world import (
+    COLOURS,
+    GROUNDS,
+    HELD_OUT,
+    KINDS,
+    LIMBS,
+    MOTIONS,
+    SHADE,
+    SHAPES,
+    VIVID,
+    make_clip,
+    other_scene,
+)
 
 ROWS, COLUMNS = np.mgrid[: world.HEIGHT, : world.WIDTH]
 MOTION_WORDS = re.compile(
@@ -44,8 +56,8 @@ def colours_in(pixels: np.ndarray) -> np.ndarray:
 def ground_in(frame: np.ndarray) -> str:
     """The ground whose middle colour is nearest; the night sky is nearly all of its dark one."""
     median = np.median(frame[chroma(frame) < VIVID], axis=0)
-    middle = {name: np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
-    middle["night sky"] = np.array(GROUNDS["night sky"][0])
+    middle = {name: SHADE * np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
+    middle["night sky"] = SHADE * np.average(GROUNDS["night sky"][:2], axis=0, weights=[0.9, 0.1])
     return min(middle, key=lambda name: np.linalg.norm(median - middle[name]))
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
+from wan_mini.runtime import digest
+from wan_mini.tiny import world
 from wan_mini.tiny.loop import Job, replace_file
 from wan_mini.tiny.world import FRAMES, Clip, make_clip
 
@@ -28,9 +31,10 @@ def cached(
 ) -> tuple[list[np.ndarray], list[str]]:
     """Render training clips and keep what `convert` makes of their frames (n,T,H,W,3): memory-mapped shards.
 
-    Also returns the captions. Shards that are there are not made again. Raises SystemExit when the time is over.
+    Also returns the captions. Shards that are there, from the world as it is, are not made again. Raises SystemExit
+    when the time is over.
     """
-    folder = job.work / name
+    folder = job.work / f"{name}-{digest(Path(world.__file__))[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     ranges = [range(at, min(at + SHARD, clips)) for at in range(0, clips, SHARD)]
     files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}

@@ -36,7 +36,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what each changes in the method's TIN
     "windowed": {},
     "interval1": {"interval": 1},
     "flow_only": {"weights": (5.0, 0.0)},
-    "clean": {"reference": "clean"},
+    "noised": {"reference": "noised"},
     "dense1": {"amf": "dense", "interval": 1},
     "ref": {"centres": "ref"},
     "own": {"centres": "own"},

@@ -15,6 +15,7 @@ from wan_mini.tiny.world import (
     HEIGHT,
     LIMBS,
     REACH,
+    SHADE,
     SHAPES,
     VIVID,
     WIDTH,
@@ -24,7 +25,7 @@ from wan_mini.tiny.world import (
     Scene,
 )
 
-COLOURFUL = VIVID + 12  # levels, as VIVID, of pixels smoothed with some of the ground around them
+COLOURFUL = VIVID + 8  # levels, as VIVID, of pixels smoothed with some of the ground around them
 FEWEST = 24  # pixels: less of a colour is no object
 CLEAR = 0.6  # share: less of it covered is no shape
 NEAR = 24.0  # pixels: a limb counts where it is further from its body's centre, as no body reaches there and hides it
@@ -67,15 +68,21 @@ def read_scene(frames: np.ndarray, labels: np.ndarray, scene: Scene) -> tuple[Ob
     objects = [pair for _, *pair in sorted(seen, reverse=True)]
     if scene.objects and scene.objects[-1][0] in LIMBS:
         objects[-1][0] = scene.objects[-1][0]
-    middle = {name: np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
-    middle["night sky"] = np.array(GROUNDS["night sky"][0])  # which is nearly all dark
-    median = np.median(frames[labels < 0], axis=0) if (labels < 0).any() else np.full(3, 255)
-    background = min(middle, key=lambda name: np.linalg.norm(median - middle[name]))
+    background = _read_ground(frames[labels < 0])
     objects = tuple(map(tuple, objects))
     shape_ok, colour_ok = (sorted(p[i] for p in objects) == sorted(p[i] for p in scene.objects) for i in (0, 1))
     if colour_ok:
         shape_ok = sorted(objects) == sorted(scene.objects)
     return objects, {"colour_ok": colour_ok, "background_ok": background == scene.background, "shape_ok": shape_ok}
+
+
+def _read_ground(pixels: np.ndarray) -> str:
+    """Which ground the pixels (n,3) of no object show: the one whose usual colour is nearest to their median."""
+    median = np.median(pixels, axis=0) if len(pixels) else np.full(3, 255)
+    light = dict.fromkeys(GROUNDS, 0.5) | {"night sky": 0.1}  # share of the light colour in the usual one
+    colours = {name: np.array(two[:2]) for name, two in GROUNDS.items()}
+    usual = {name: SHADE * (dark + light[name] * (bright - dark)) for name, (dark, bright) in colours.items()}
+    return min(usual, key=lambda name: np.linalg.norm(median - usual[name]))
 
 
 def _read_shape(masks: np.ndarray) -> tuple[float, str]:

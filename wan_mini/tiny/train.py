@@ -1,9 +1,10 @@
-"""Train the tiny Wan from a seed to a checkpoint, with four commands:
+"""Train the tiny Wan from a seed to a checkpoint, with five commands:
 
     python -m wan_mini.tiny.train vae        the VAE, on pictures, then on short clips
     python -m wan_mini.tiny.train decoder    its decoder alone, for sharper videos from the same latents
     python -m wan_mini.tiny.train dit        DiT and text encoder, on that VAE's latents of pictures, then of clips
     python -m wan_mini.tiny.train motion     the same two, until one block's attention follows what moves
+    python -m wan_mini.tiny.train shapes     the same two, until the tokens of a thing agree on what it is
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
 alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
@@ -18,14 +19,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.random import Generator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,7 +41,8 @@ from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.loop import Job, Recipe, Training
-from wan_mini.tiny.matching import matching_loss, true_places
+from wan_mini.tiny.matching import LATENT_FRAMES, matching_loss, middle_frames, true_places
+from wan_mini.tiny.parts import near_sprites, parts_loss, reader, stream_after, true_parts
 from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -70,8 +73,10 @@ MOTION_PHASES = (
     (0.5, [("clips", 9, 1), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),
     (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # what words mean, once more
 )
+SHAPES_PHASES = ((1.0, [("pictures", 1, 8), ("clips", 9, 1)]),)
 MATCHING_BLOCK, MATCHING_TAU = 3, 3.0  # whose queries and keys learn to match, and at which tau: TINY_MOTION's
-MATCHING_WEIGHT = 0.1  # beside the velocity's error
+MATCHING_WEIGHT, PARTS_WEIGHT = 0.1, 0.2  # beside the velocity's error; parts are read where MATCHING_BLOCK begins
+SPRITES_WEIGHT, SPRITES_SIGMA = 6.0, 0.8  # of the velocity's error on sprites, a tenth of most frames, up to this noise
 PER_CLIP = {"pictures": 4, "clips": 1, "closeups": 8}  # latents of each sort that the DiT is trained on, per --clips
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
 RECIPES = {
@@ -97,6 +102,7 @@ RECIPES = {
         ema=0.998,
         decay=((0, 1), (0.5, 0), (0.5067, 0.6), (0.6667, 0), (0.6733, 0.6), (1, 0)),
     ),
+    "shapes": Recipe(steps=5000, batch=8, clips=1024, lr=0.015, adam_lr=1.5e-3, ema=0.998),
 }
 
 
@@ -125,30 +131,40 @@ def drop_captions(rng: Generator, ids: Tensor, empty: Tensor, rate: float = DROP
     return torch.where(dropped[:, None], empty, ids)  # (B,1) picks (L,) or (B,L) -> (B,L)
 
 
-def flow_loss(
-    dit: WanDiT,
-    encoder: UMT5Encoder,
-    clean: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    ids: Tensor,
-    places: Tensor | None = None,
-) -> Tensor:
+class Truth(NamedTuple):
+    """What the world knows about a batch of latents, for each loss that is wanted beside the velocity's."""
+
+    places: Tensor | None = None  # (B,F,S,F,2) of matching.py
+    parts: Tensor | None = None  # (B,N,4) of parts.py
+    sprites: Tensor | None = None  # (B,F,h,w) bool of parts.py
+
+
+def flow_loss(model: nn.ModuleDict, clean: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, truth: Truth) -> Tensor:
     """Squared error of the velocity: from clean latents (B,16,F,h,w) straight to noise. sigma (B,), ids (B,L).
 
-    places (B,F,S,F,2) of matching.py: then also, less weighted, how badly MATCHING_BLOCK matches.
+    The model is dit, text and, where parts are given, reader. Places add how badly MATCHING_BLOCK matches; parts, how
+    badly the reader tells them; with sprites, errors there count more, where they can be seen through the noise.
     Source: rectified flow (arXiv 2209.03003); Wan technical report (arXiv 2503.20314), section 4.2.
     """
-    level = sigma.to(clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
+    dit, level = model["dit"], sigma.to(clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
     noisy = (1 - level) * clean + level * noise
     ids = ids.to(clean.device)
     mask = (ids != 0).long()  # 0 is padding
-    text = encoder(ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
-    if places is None:
-        return F.mse_loss(dit(noisy, 1000 * sigma, text), noise - clean)
-    velocity, q, k = dit(noisy, 1000 * sigma, text, qk_block=MATCHING_BLOCK, velocity=True)
-    matching = matching_loss(q, k, places.to(clean.device), dit.grid(clean), MATCHING_TAU)
-    return F.mse_loss(velocity, noise - clean) + MATCHING_WEIGHT * matching
+    text = model["text"](ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
+    matched = {} if truth.places is None else {"qk_block": MATCHING_BLOCK, "velocity": True}
+    with nullcontext() if truth.parts is None else stream_after(dit.blocks[MATCHING_BLOCK - 1]) as streams:
+        out = dit(noisy, 1000 * sigma, text, **matched)
+    velocity, *qk = out if matched else (out,)
+    error = (velocity - (noise - clean)).square()
+    if truth.sprites is not None:
+        weight = 1 + (SPRITES_WEIGHT - 1) * (truth.sprites[:, None] & (level <= SPRITES_SIGMA))  # (B,1,F,h,w)
+        error = error * weight / weight.mean()
+    loss = error.mean()
+    if truth.places is not None:
+        loss = loss + MATCHING_WEIGHT * matching_loss(*qk, truth.places, dit.grid(clean), MATCHING_TAU)
+    if truth.parts is not None:
+        loss = loss + PARTS_WEIGHT * parts_loss(model["reader"](streams[0]).float(), truth.parts)
+    return loss
 
 
 def vae_loss(vae: WanVAE, video: Tensor, noise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -284,7 +300,7 @@ def stored_vae(job: Job) -> WanVAE:
 def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
     """Train DiT and text encoder together on the latents of training clips; complete the checkpoint folder."""
     vae = stored_vae(job)
-    shards, captions = latents_of(job, vae)
+    shards, captions = latents_of(job, vae, DIT_PHASES)
     texts = captions["pictures"] + captions["clips"]  # close-ups show the same scenes, and some more
     texts = [*texts, *map(casual, texts)]
     (job.work / "tokenizer.json").write_text(json.dumps(grammar_tokenizer(texts)), encoding="utf-8")
@@ -293,32 +309,51 @@ def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) 
     fit_dit("dit", job, Wan(dit, vae, encoder, tokenizer, "tiny"), DIT_PHASES, shards, captions)
 
 
-def train_motion(job: Job) -> None:
-    """Train DiT and text encoder of the checkpoint on: the same loss, and on clips the matching loss beside it."""
+def train_on(name: str, job: Job, phases: Sequence[tuple]) -> None:
+    """Train DiT and text encoder of the checkpoint on, with the world's truth about the latents: motion, shapes."""
     if not (job.folder / "config.json").exists():
         raise FileNotFoundError(f"{job.folder} has no transformer: run the stage dit with the same --folder first")
     wan = load_wan(job.folder, device=job.device, dtype=torch.float32)
     shutil.copy(next(job.folder.rglob("tokenizer.json")), job.work)
-    shards, captions = latents_of(job, wan.vae)
+    shards, captions = latents_of(job, wan.vae, phases)
     for part in (wan.dit, wan.text_encoder):
         part.requires_grad_()
-    fit_dit("motion", job, wan, MOTION_PHASES, shards, captions)
+    fit_dit(name, job, wan, phases, shards, captions)
 
 
-def latents_of(job: Job, vae: WanVAE) -> tuple[dict[str, list[np.ndarray]], dict[str, list[str]]]:
-    """Shards of latents of each sort of training data, and their captions."""
+def latents_of(
+    job: Job, vae: WanVAE, phases: Sequence[tuple]
+) -> tuple[dict[str, list[np.ndarray]], dict[str, list[str]]]:
+    """Shards of latents of each sort of training data that the phases take, and their captions."""
     code, coder, shards, captions = digest(job.folder / VAE_FILE)[:8], partial(encode, vae, job.device), {}, {}
+    wanted = {sort for _, turns in phases for sort, *_ in turns}
     for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
-        count = PER_CLIP[name] * job.recipe.clips
-        shards[name], captions[name] = cached(job, f"{name}-{code}", count, coder, make)
+        if name in wanted:
+            count = PER_CLIP[name] * job.recipe.clips
+            shards[name], captions[name] = cached(job, f"{name}-{code}", count, coder, make)
     return shards, captions
+
+
+def truth_of(name: str, sort: str, seed: int) -> Truth:
+    """What a stage is told about one picture or clip; as in Truth, without the batch."""
+    if name == "dit" or sort == "closeups":
+        return Truth()
+    places = torch.from_numpy(true_places(seed)) if sort == "clips" else None
+    if name == "motion":
+        return Truth(places)
+    times = LATENT_FRAMES if sort == "clips" else [[seed % FRAMES]]  # as make_picture
+    parts = torch.from_numpy(true_parts(seed, middle_frames(times)))  # (F,S,4)
+    return Truth(places, parts.flatten(0, 1), torch.from_numpy(near_sprites(seed, times)))
 
 
 def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict, captions: dict) -> None:
     """Train DiT and text encoder through the phases of one stage, then write them and the rest to the folder."""
     # Of each sort (2n+1,L): captions as written, casual, and the empty one.
     ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), ""]) for sort, some in captions.items()}
-    training = Training(name, job, nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder}))
+    model = nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder})
+    if name == "shapes":
+        model["reader"] = seeded(job.seed, lambda: reader(wan.dit.config.dim))
+    training, told = Training(name, job, model), cache(partial(truth_of, name))
     prompts = [make_clip(UNSEEN + i, kind, frames=[]).caption for i, kind in enumerate(("single", "articulated"))]
 
     def loss_of(model: nn.ModuleDict, step: int, rng: Generator) -> Tensor:
@@ -329,10 +364,9 @@ def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict
         clean = torch.from_numpy(clean).to(job.device).float()
         rows = ids[sort][rng.choice([0, len(captions[sort])], size=len(picks)) + picks]  # as written, or casual: (B,L)
         rows = drop_captions(rng, rows, ids[sort][-1])
-        batch = clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows
-        matched = name == "motion" and sort == "clips"
-        places = torch.from_numpy(np.stack([true_places(int(pick)) for pick in picks])) if matched else None
-        return flow_loss(model["dit"], model["text"], *batch, places)
+        truths = zip(*(told(sort, int(pick)) for pick in picks))
+        truth = Truth(*(None if each[0] is None else torch.stack(each).to(job.device) for each in truths))
+        return flow_loss(model, clean, normal(rng, clean), sample_sigma(rng, len(picks)), rows, truth)
 
     def sheet() -> np.ndarray:
         average = replace(wan, dit=training.ema["dit"], text_encoder=training.ema["text"])
@@ -348,9 +382,20 @@ def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict
     training.report()
 
 
+STAGES = {
+    "vae": train_vae,
+    "decoder": train_decoder,
+    "dit": train_dit,
+    "motion": partial(train_on, "motion", phases=MOTION_PHASES),
+    "shapes": partial(train_on, "shapes", phases=SHAPES_PHASES),
+}
+
+
 def parser() -> Parser:
     """The command line."""
-    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, decoder, dit, motion.")
+    p = Parser(
+        prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, decoder, dit, motion, shapes."
+    )
     p.add_argument("stage", choices=list(RECIPES))
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--folder", type=Path, default=Path("wan_mini/tiny/checkpoint"), help="the result (%(default)s)")
@@ -374,7 +419,7 @@ def program(argv: list[str] | None) -> None:
     command = shlex.join(["python", "-m", "wan_mini.tiny.train", *(sys.argv[1:] if argv is None else argv)])
     recipe, deadline = replace(RECIPES[args.stage], **given), time.monotonic() + 60 * args.minutes
     job = Job(recipe, args.work, args.folder, pick_device(args.device), args.seed, args.workers, deadline, command)
-    {"vae": train_vae, "decoder": train_decoder, "dit": train_dit, "motion": train_motion}[args.stage](job)
+    STAGES[args.stage](job)
 
 
 if __name__ == "__main__":

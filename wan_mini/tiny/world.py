@@ -18,7 +18,7 @@ from numpy.random import Generator
 
 FRAMES, HEIGHT, WIDTH, FPS = 33, 128, 192, 16  # 9 latent frames of 8 x 12 tokens, two seconds
 TOP_SPEED = 9.0  # pixels a frame, of objects and pans
-VIVID = 72  # levels: in each pixel max(R, G, B) - min(R, G, B) is more inside sprites, less on grounds
+VIVID = 76  # levels: in each pixel max(R, G, B) - min(R, G, B) is more inside sprites, less on grounds
 KINDS = ("single", "several", "camera", "articulated")
 SPLITS = ("train", "held-out")
 REACH = 0.65  # points tracked on a sprite lie this far from its centre, in its size; a bar's are its two joints
@@ -81,8 +81,9 @@ TEXTURES = {  # share of the light colour at column x and row y, with n a smooth
     "wood": lambda x, y, n: np.clip(4 * np.abs(np.sin(y / 10)), 0, 1) * (0.7 + 0.3 * np.sin(y / 2 + x / 40 + 4 * n)),
     "water": lambda x, y, n: (1 - 0.5 * np.abs(np.sin(x / 13 + 2 * n) + np.sin(y / 8 - 2 * n))) ** 2,
     "tiles": lambda x, y, n: 0.5 + 0.35 * np.clip(6 * np.sin(x / 8) * np.sin(y / 8), -1, 1) + 0.15 * n,
-    "night sky": lambda x, y, n: np.clip(9 * np.sin(x / 9 + n / 3) * np.sin(y / 8 - n / 3) - 8, 0.06 + n / 20, 0.7),
+    "night sky": lambda x, y, n: np.clip(9 * np.sin(x / 9 + n / 3) * np.sin(y / 8 - n / 3) - 8, 0.1 + n / 10, 0.7),
 }
+SHADE = 0.85  # of a ground's light is left on average
 TIME = np.linspace(0, 1, FRAMES)
 MOTIONS = {  # paths of any size: each is turned, scaled and placed so that it fits into the frame
     "line": TIME + 0j,
@@ -322,13 +323,21 @@ def _paint_ground(rng: Generator, background: str, camera: Pose | None, frames: 
     z = np.arange(WIDTH) + 1j * np.arange(HEIGHT)[None, :, None]  # (1, H, W)
     z = camera.at(frames).inverse(z) if camera else z[: len(frames)]  # -> (T, H, W), or one picture for all frames
     x, y = ((part + 500 * rng.random()).astype(np.float32) for part in (z.real, z.imag))
-    noise = np.float32(0)
-    for _ in range(6):  # plane waves in all directions, 30 to 90 pixels long
-        length, angle, phase = rng.uniform((30, 0, 0), (90, 2 * np.pi, 2 * np.pi)).astype(np.float32)
-        noise = noise + np.cos(2 * np.pi / length * (np.cos(angle) * x + np.sin(angle) * y) + phase) / 3
+    noise = _waves(rng, x, y, 30, 90)
+    shade = SHADE + 0.25 * _waves(rng, x, y, 60, 150).clip(-1, 1)  # as under clouds: no two places look the same
     dark, light = np.array(GROUNDS[background][:2], dtype=np.float32)
     pixels = dark + (light - dark) * TEXTURES[background](x, y, noise)[..., None]  # (T, H, W) -> (T, H, W, 3)
+    pixels = shade[..., None] * pixels
     return np.broadcast_to(pixels, (len(frames), *pixels.shape[1:])).copy()  # (1, H, W, 3) -> (T, H, W, 3)
+
+
+def _waves(rng: Generator, x: np.ndarray, y: np.ndarray, shortest: float, longest: float) -> np.ndarray:
+    """Smooth noise in about [-1, 1]: plane waves in all directions, so many pixels long."""
+    noise = np.float32(0)
+    for _ in range(6):
+        length, angle, phase = rng.uniform((shortest, 0, 0), (longest, 2 * np.pi, 2 * np.pi)).astype(np.float32)
+        noise = noise + np.cos(2 * np.pi / length * (np.cos(angle) * x + np.sin(angle) * y) + phase) / 3
+    return noise
 
 
 def _paint(pixels: np.ndarray, sprite: Sprite, frames: np.ndarray) -> None:
