@@ -476,6 +476,10 @@ def test_the_cache_is_made_once(tmp_path, monkeypatch):
     clips = [data.make_picture(seed) for seed in range(3)]
     assert np.array_equal(np.concatenate([pictures, last]), np.stack([clip.frames for clip in clips]))
     assert pictures.shape == (2, 1, world.HEIGHT, world.WIDTH, 3) and captions == [clip.caption for clip in clips]
+    (tmp_path / "world.py").write_text("# another world")
+    monkeypatch.setattr(world, "__file__", str(tmp_path / "world.py"))
+    data.cached(task, "corners", 3, convert)
+    assert calls == [2, 1, 2, 1]
 
 
 def test_a_closeup_is_a_part_of_its_picture_with_a_sprite():
