@@ -137,7 +137,8 @@ class MotionConfig:
 
 # For the tiny model, whose grid is 9 latent frames of 8x12 tokens: a small window, pairs of all distances, fewer
 # steps, and guidance for longer, with larger updates than the paper's, towards the clean reference's flow. Block and
-# tau are those that its training taught to match; the rest was chosen on eight training clips (README).
+# tau are those that its training taught to match; guided, lr, reference and span were chosen on eight training clips
+# (README).
 TINY_MOTION = MotionConfig(
     height=128,
     width=192,

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from wan_mini.tiny.parts import FIGURES, LATENT, near_sprites, parts_loss, reader, stream_after, true_parts
-from wan_mini.tiny.world import FRAMES, KINDS, SHAPES, VIVID, make_clip, set_stage
+from wan_mini.tiny.parts import ANSWERS, FIGURES, LATENT, near_sprites, parts_loss, reader, stream_after, true_parts
+from wan_mini.tiny.world import COLOURS, FRAMES, KINDS, SHAPES, VIVID, make_clip, set_stage
 
 ROWS, COLUMNS = 8, 12
 
@@ -17,15 +17,16 @@ def seeds_of(kind: str, count: int) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_part_points_at_the_centre_of_its_figure(kind):
-    """From the token's middle, so many sizes away, lies a track that the world calls a sprite's centre."""
+    """From the token's middle, so many sizes away, lies the centre of a sprite of that figure and colour."""
     found = 0
     for seed in seeds_of(kind, 6):
         stage, times = set_stage(seed), [0, 13, FRAMES - 1]
-        parts = true_parts(seed, times).reshape(len(times), ROWS, COLUMNS, 4)
+        parts = true_parts(seed, times).reshape(len(times), ROWS, COLUMNS, 5)
         for t, row, column in zip(*np.nonzero(parts[..., 0])):
-            number, right, down, size = parts[t, row, column]
+            number, colour, right, down, size = parts[t, row, column]
+            names = FIGURES[int(number) - 1], [*COLOURS][int(colour) - 1]
             at = 16 * (column + 1j * row) + 7.5 + 7.5j + 16 * size * (right + 1j * down)
-            same = [s for s in stage.sprites if s.shape is FIGURES[int(number) - 1]]
+            same = [s for s in stage.sprites if s.shape is names[0] and s.colour == names[1]]
             assert min(abs(s.pose.shift[times[t]] - at) for s in same) < 1e-3
             assert any(abs(abs(s.pose.turn[times[t]]) - 16 * size) < 1e-3 for s in same)
             found += 1
@@ -59,23 +60,31 @@ def test_latents_near_sprites_are_those_with_vivid_pixels(kind):
 
 def test_the_loss_by_hand():
     """Three tokens: a part of figure 2, none, a part of figure 7."""
-    guess = torch.randn(1, 3, 1 + len(FIGURES) + 3, generator=torch.Generator().manual_seed(0))
-    parts = torch.tensor([[[2.0, 0.5, -0.5, 1.0], [0, 0, 0, 0], [7.0, 0.0, 1.0, 1.5]]])
-    log_p = guess[0, :, :-3].log_softmax(-1)
-    off = [(guess[0, n, -3:] - parts[0, n, 1:]).abs().mean() for n in (0, 2)]
-    wanted = -(log_p[0, 2] + log_p[2, 7]) / 2 + 2 * (off[0] + off[1]) / 2 - 0.5 * log_p[1, 0]
+    guess = torch.randn(1, 3, 1 + 7 + 6 + 3, generator=torch.Generator().manual_seed(0))
+    parts = torch.tensor([[[2.0, 3.0, 0.5, -0.5, 1.0], [0] * 5, [7.0, 1.0, 0.0, 1.0, 1.5]]])
+    figure, colour = guess[0, :, :8].log_softmax(-1), guess[0, :, 8:14].log_softmax(-1)
+    off = [(guess[0, n, 14:] - parts[0, n, 2:]).abs().mean() for n in (0, 2)]
+    right = figure[0, 2] + figure[2, 7] + colour[0, 2] + colour[2, 0]
+    wanted = -right / 2 + 2 * (off[0] + off[1]) / 2 - 0.5 * figure[1, 0]
     assert parts_loss(guess, parts).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def answers(parts: torch.Tensor) -> torch.Tensor:
+    """The answers of a reader that knows the parts, as ones and zeros and places."""
+    figure, colour = parts[..., 0].long(), (parts[..., 1].long() - 1).clamp(0)
+    return torch.cat([torch.eye(ANSWERS[0])[figure], torch.eye(ANSWERS[1])[colour], parts[..., 2:]], dim=-1)
 
 
 def test_the_truth_costs_nothing():
     parts = torch.from_numpy(true_parts(3, range(4)))
-    guess = torch.cat([40 * torch.eye(1 + len(FIGURES))[parts[..., 0].long()], parts[..., 1:]], dim=-1)
+    guess = answers(parts)
+    guess[..., :-3] *= 40
     assert parts_loss(guess, parts).item() < 1e-6
 
 
 def test_a_picture_without_figures_has_a_loss():
-    guess = torch.zeros(1, 5, 1 + len(FIGURES) + 3)
-    assert parts_loss(guess, torch.zeros(1, 5, 4)).item() == pytest.approx(0.5 * np.log(1 + len(FIGURES)), rel=1e-5)
+    guess = torch.zeros(1, 5, sum(ANSWERS))
+    assert parts_loss(guess, torch.zeros(1, 5, 5)).item() == pytest.approx(0.5 * np.log(1 + len(FIGURES)), rel=1e-5)
 
 
 def test_the_stream_is_what_the_block_passes_on_and_no_hook_stays():
@@ -91,7 +100,7 @@ def test_the_stream_is_what_the_block_passes_on_and_no_hook_stays():
 def test_a_reader_can_learn_to_read():
     """A linear layer on channels that hold the parts in some mixture."""
     parts = torch.from_numpy(true_parts(5, range(0, FRAMES, 4)))
-    code = torch.cat([torch.eye(1 + len(FIGURES))[parts[..., 0].long()], parts[..., 1:]], dim=-1)
+    code = answers(parts)
     mixture = code @ torch.randn(code.shape[-1], 24, generator=torch.Generator().manual_seed(0))
     read = reader(24)
     adam = torch.optim.Adam(read.parameters(), 0.05)

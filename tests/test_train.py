@@ -41,6 +41,7 @@ STAGES = {
     "decoder": (train.train_decoder, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "dit": (lambda job: train.train_dit(job, DIT, TEXT), Recipe(steps=20, batch=4, clips=4, warmup=2)),
     "motion": (lambda job: train.STAGES["motion"](job), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
+    "words": (train.train_words, Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
     "shapes": (lambda job: train.STAGES["shapes"](job), Recipe(steps=20, batch=4, clips=4, warmup=2, ema=0.8)),
 }
 BEFORE = dict(zip([*STAGES][1:], STAGES))  # the stage that each goes on from
@@ -60,8 +61,8 @@ def small_places(seed: int) -> np.ndarray:
 
 
 def small_parts(seed: int, times) -> np.ndarray:
-    """The parts inside that cut-out: (times,24,4)."""
-    return true_parts(seed, times).reshape(-1, 8, 12, 4)[:, 2:6, 3:9].reshape(-1, 24, 4)
+    """The parts inside that cut-out: (times,24,5)."""
+    return true_parts(seed, times).reshape(-1, 8, 12, 5)[:, 2:6, 3:9].reshape(-1, 24, 5)
 
 
 def small_near_sprites(seed: int, times) -> np.ndarray:
@@ -155,8 +156,8 @@ def test_pauses_change_no_bit(whole, small_world, tmp_path, monkeypatch, stage):
     assert ours["losses"] == wanted["losses"]
     for part in ("model", "ema"):
         assert all(torch.equal(ours[part][name], tensor) for name, tensor in wanted[part].items())
-    result = "diffusion_pytorch_model.safetensors" if stage in ("dit", "motion", "shapes") else train.VAE_FILE
-    assert (tmp_path / "checkpoint" / result).read_bytes() == (whole / f"after {stage}" / result).read_bytes()
+    for result in (whole / f"after {stage}").glob("*.safetensors"):
+        assert (tmp_path / "checkpoint" / result.name).read_bytes() == result.read_bytes()
 
 
 def test_the_decoder_learns_and_the_encoder_stays(whole):
@@ -223,9 +224,20 @@ def test_latents_meet_their_own_truth(whole, small_world, tmp_path, monkeypatch,
                 assert np.array_equal(truth.places[n].numpy(), small_places(seed), equal_nan=True)
             if stage == "shapes":
                 middle = [0, 2, 6, 10, 14] if frames == 5 else [seed]
-                assert np.array_equal(truth.parts[n].numpy(), small_parts(seed, middle).reshape(-1, 4))
+                assert np.array_equal(truth.parts[n].numpy(), small_parts(seed, middle).reshape(-1, 5))
                 assert np.array_equal(truth.sprites[n].numpy(), small_near_sprites(seed, times))
     assert {clean.shape[2] for clean, _ in seen} == {1, 5}
+
+
+def test_words_change_the_text_encoder_alone_and_shapes_leave_it(whole):
+    """And twenty steps bring a new encoder nearer to what the old one says."""
+    changed = []
+    for before, after in (("motion", "words"), ("words", "shapes")):
+        files = list((whole / f"after {after}").glob("*.safetensors"))
+        changed.append({f.name for f in files if f.read_bytes() != (whole / f"after {before}" / f.name).read_bytes()})
+    assert changed == [{"models_t5_umt5.safetensors"}, {"diffusion_pytorch_model.safetensors"}]
+    losses = state(whole, "words")["losses"]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:2])
 
 
 def test_twenty_steps_of_motion_lower_the_matching_loss(whole, small_world):
@@ -243,7 +255,7 @@ def test_twenty_steps_of_motion_lower_the_matching_loss(whole, small_world):
 
 def test_twenty_steps_of_shapes_lower_the_loss_of_the_parts(whole, small_world):
     """On the same clean pictures: the reader as it began, before the stage, and as it became, after it."""
-    parts = torch.from_numpy(np.concatenate([small_parts(seed, [0]) for seed in range(4)]))  # (4,24,4)
+    parts = torch.from_numpy(np.concatenate([small_parts(seed, [0]) for seed in range(4)]))  # (4,24,5)
     losses = []
     for stage in ("motion", "shapes"):
         wan = load_wan(whole / f"after {stage}", device="cpu", dtype=torch.float32)
@@ -374,7 +386,7 @@ def test_sprites_count_six_times_where_they_can_be_seen():
 
 def test_the_parts_are_read_off_the_stream():
     clean, noise, sigma = torch.zeros(1, 4, 1, 2, 2), torch.zeros(1, 4, 1, 2, 2), torch.tensor([0.5])
-    parts, read = torch.tensor([[[1.0, 0.5, 0.5, 1.0], [0, 0, 0, 0], [0, 0, 0, 0]]]), reader(8)
+    parts, read = torch.tensor([[[1.0, 2.0, 0.5, 0.5, 1.0], [0] * 5, [0] * 5]]), reader(8)
     model = {"dit": Still(), "text": Ones(), "reader": read}
     loss = train.flow_loss(model, clean, noise, sigma, torch.ones(1, 3, dtype=torch.long), train.Truth(parts=parts))
     wanted = train.PARTS_WEIGHT * parts_loss(read(torch.zeros(1, 3, 8)), parts)

@@ -116,7 +116,9 @@ class Training:
         update_ema(self.ema, self.model, number, self.job.recipe.ema)
         self.losses.append(loss.detach())  # read later: to read it now would make the device wait
 
-    def run(self, loss_of: Callable[[nn.Module, int, Generator], Tensor], sheet: Callable[[], np.ndarray]) -> None:
+    def run(
+        self, loss_of: Callable[[nn.Module, int, Generator], Tensor], sheet: Callable[[], np.ndarray] | None = None
+    ) -> None:
         """Step until the end, saving now and then. Raises SystemExit at the deadline, FloatingPointError on NaN."""
         job, steps, clock = self.job, self.job.recipe.steps, time.monotonic()
         fast = pick_dtype(job.device) == torch.bfloat16 or has_amx(job.device)
@@ -136,7 +138,8 @@ class Training:
                         clock, self.seconds = time.monotonic(), self.seconds + time.monotonic() - clock
                         self.save()
                         draw_curve(self.losses).save(job.work / f"{self.name}-loss.png")
-                        Image.fromarray(sheet()).save(job.work / f"{self.name}-samples.png")
+                        if sheet:
+                            Image.fromarray(sheet()).save(job.work / f"{self.name}-samples.png")
                 if late and not done:
                     raise SystemExit(f"paused after step {number + 1} of {steps}: the same command goes on")
 

@@ -1,10 +1,11 @@
-"""Train the tiny Wan from a seed to a checkpoint, with five commands:
+"""Train the tiny Wan from a seed to a checkpoint, with six commands:
 
     python -m wan_mini.tiny.train vae        the VAE, on pictures, then on short clips
     python -m wan_mini.tiny.train decoder    its decoder alone, for sharper videos from the same latents
     python -m wan_mini.tiny.train dit        DiT and text encoder, on that VAE's latents of pictures, then of clips
     python -m wan_mini.tiny.train motion     the same two, until one block's attention follows what moves
-    python -m wan_mini.tiny.train shapes     the same two, until the tokens of a thing agree on what it is
+    python -m wan_mini.tiny.train words      a new text encoder, that knows which colour goes with which noun
+    python -m wan_mini.tiny.train shapes     the DiT alone, until the tokens of a thing agree on what it is
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
 alone, so there are no generators to save, and a run with pauses ends with the same bits as one without (on a CPU; a
@@ -43,6 +44,7 @@ from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.loop import Job, Recipe, Training
 from wan_mini.tiny.matching import LATENT_FRAMES, matching_loss, middle_frames, true_places
 from wan_mini.tiny.parts import near_sprites, parts_loss, reader, stream_after, true_parts
+from wan_mini.tiny.words import lexicon, spoken_pairs, word_reader, words_loss
 from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -73,10 +75,13 @@ MOTION_PHASES = (
     (0.5, [("clips", 9, 1), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),
     (1.0, [("closeups", 1, 32), ("clips", 9, 1), ("pictures", 1, 8), ("clips", 9, 1)]),  # what words mean, once more
 )
-SHAPES_PHASES = ((1.0, [("pictures", 1, 8), ("clips", 9, 1)]),)
+SHAPES_PHASES = (
+    (0.4, [("pictures", 1, 8), ("pictures", 1, 8), ("clips", 9, 1)]),
+    (1.0, [("pictures", 1, 8), ("clips", 9, 1)]),
+)
 MATCHING_BLOCK, MATCHING_TAU = 3, 3.0  # whose queries and keys learn to match, and at which tau: TINY_MOTION's
 MATCHING_WEIGHT, PARTS_WEIGHT = 0.1, 0.2  # beside the velocity's error; parts are read where MATCHING_BLOCK begins
-SPRITES_WEIGHT, SPRITES_SIGMA = 6.0, 0.8  # of the velocity's error on sprites, a tenth of most frames, up to this noise
+SPRITES_WEIGHT, SPRITES_SIGMA = 6.0, 0.8  # errors on sprites, a tenth of most frames, count more up to this noise
 PER_CLIP = {"pictures": 4, "clips": 1, "closeups": 8}  # latents of each sort that the DiT is trained on, per --clips
 UNSEEN = 10**6  # seeds from here on are never trained on: clips for the sample sheets
 RECIPES = {
@@ -102,7 +107,8 @@ RECIPES = {
         ema=0.998,
         decay=((0, 1), (0.5, 0), (0.5067, 0.6), (0.6667, 0), (0.6733, 0.6), (1, 0)),
     ),
-    "shapes": Recipe(steps=5000, batch=8, clips=1024, lr=0.015, adam_lr=1.5e-3, ema=0.998),
+    "words": Recipe(steps=1000, batch=128, clips=1024, lr=0.015, adam_lr=3e-3, ema=0.99),
+    "shapes": Recipe(steps=6000, batch=8, clips=1024, lr=0.015, adam_lr=1.5e-3, ema=0.998),
 }
 
 
@@ -135,7 +141,7 @@ class Truth(NamedTuple):
     """What the world knows about a batch of latents, for each loss that is wanted beside the velocity's."""
 
     places: Tensor | None = None  # (B,F,S,F,2) of matching.py
-    parts: Tensor | None = None  # (B,N,4) of parts.py
+    parts: Tensor | None = None  # (B,N,5) of parts.py
     sprites: Tensor | None = None  # (B,F,h,w) bool of parts.py
 
 
@@ -309,16 +315,50 @@ def train_dit(job: Job, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) 
     fit_dit("dit", job, Wan(dit, vae, encoder, tokenizer, "tiny"), DIT_PHASES, shards, captions)
 
 
-def train_on(name: str, job: Job, phases: Sequence[tuple]) -> None:
-    """Train DiT and text encoder of the checkpoint on, with the world's truth about the latents: motion, shapes."""
+def stored_wan(job: Job) -> Wan:
+    """The checkpoint in float32; its tokenizer goes to the work folder. Raises FileNotFoundError if there is none."""
     if not (job.folder / "config.json").exists():
         raise FileNotFoundError(f"{job.folder} has no transformer: run the stage dit with the same --folder first")
-    wan = load_wan(job.folder, device=job.device, dtype=torch.float32)
     shutil.copy(next(job.folder.rglob("tokenizer.json")), job.work)
+    return load_wan(job.folder, device=job.device, dtype=torch.float32)
+
+
+def train_on(name: str, job: Job, phases: Sequence[tuple]) -> None:
+    """Train the checkpoint's DiT on, and in motion its text encoder, with the world's truth about the latents."""
+    wan = stored_wan(job)
     shards, captions = latents_of(job, wan.vae, phases)
-    for part in (wan.dit, wan.text_encoder):
-        part.requires_grad_()
+    wan.dit.requires_grad_()
+    wan.text_encoder.requires_grad_(name == "motion")  # later it stays as the stage words made it
     fit_dit(name, job, wan, phases, shards, captions)
+
+
+def train_words(job: Job) -> None:
+    """Train a new text encoder to say what the checkpoint's does, and to which pair of colour and noun a word belongs.
+
+    New, because the old one cannot learn it any more: Muon has made its queries and keys so large that each token
+    looks at one other, and UMT5 neither norms nor scales them.
+    """
+    wan = stored_wan(job)
+    old, config = wan.text_encoder, wan.text_encoder.config
+
+    def fresh() -> nn.ModuleDict:
+        return nn.ModuleDict({"text": UMT5Encoder(config), "reader": word_reader(config.dim)})
+
+    training, known = Training("words", job, seeded(job.seed, fresh)), lexicon(wan.tokenizer, config.vocab)
+    captions = [make_clip(seed, frames=[]).caption for seed in range(PER_CLIP["pictures"] * job.recipe.clips)]
+    ids = token_table(wan.tokenizer, [*captions, *map(casual, captions), ""])
+
+    def loss_of(model: nn.ModuleDict, step: int, rng: Generator) -> Tensor:
+        rows = ids[rng.integers(len(ids), size=job.recipe.batch)]  # (B,L)
+        pairs, rows = spoken_pairs(rows, known).to(job.device), rows.to(job.device)
+        mask = (rows != 0).long()  # 0 is padding
+        vectors, wanted = model["text"](rows, mask), old(rows, mask)
+        same = (vectors - wanted)[mask > 0].square().mean()
+        return words_loss(model["reader"](vectors), pairs) + same
+
+    training.run(loss_of)
+    save_wan(job.folder, halved(wan.dit), halved(wan.vae), halved(training.ema["text"]), job.work / "tokenizer.json")
+    training.report()
 
 
 def latents_of(
@@ -342,12 +382,12 @@ def truth_of(name: str, sort: str, seed: int) -> Truth:
     if name == "motion":
         return Truth(places)
     times = LATENT_FRAMES if sort == "clips" else [[seed % FRAMES]]  # as make_picture
-    parts = torch.from_numpy(true_parts(seed, middle_frames(times)))  # (F,S,4)
+    parts = torch.from_numpy(true_parts(seed, middle_frames(times)))  # (F,S,5)
     return Truth(places, parts.flatten(0, 1), torch.from_numpy(near_sprites(seed, times)))
 
 
 def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict, captions: dict) -> None:
-    """Train DiT and text encoder through the phases of one stage, then write them and the rest to the folder."""
+    """Train what needs a gradient of DiT and text encoder through a stage's phases, then write both and the rest."""
     # Of each sort (2n+1,L): captions as written, casual, and the empty one.
     ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), ""]) for sort, some in captions.items()}
     model = nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder})
@@ -387,15 +427,14 @@ STAGES = {
     "decoder": train_decoder,
     "dit": train_dit,
     "motion": partial(train_on, "motion", phases=MOTION_PHASES),
+    "words": train_words,
     "shapes": partial(train_on, "shapes", phases=SHAPES_PHASES),
 }
 
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser(
-        prog="python -m wan_mini.tiny.train", description="Train the tiny Wan: vae, decoder, dit, motion, shapes."
-    )
+    p = Parser(prog="python -m wan_mini.tiny.train", description="Train the tiny Wan, stage by stage.")
     p.add_argument("stage", choices=list(RECIPES))
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--folder", type=Path, default=Path("wan_mini/tiny/checkpoint"), help="the result (%(default)s)")
