@@ -72,6 +72,7 @@ class MotionConfig:
     steps: int = 50  # denoising steps (Sec. 4.1)
     shift: float = 7.0  # release; the paper does not say
     cfg: float = 5.8  # release; the paper does not say
+    negative: str = NEGATIVE  # Wan's default: what the video should not look like
     strength: float = 1.0  # 1: start from Gaussian noise (paper); below: from the noised reference (release: 0.75)
     amf: str = "windowed"  # "windowed" (FastVMT), "dense" (all pairs of tokens), "none" (no guidance)
     guided: float = 0.2  # first share of the steps that is guided (Sec. 4.1)
@@ -137,8 +138,8 @@ class MotionConfig:
 
 # For the tiny model, whose grid is 9 latent frames of 8x12 tokens: a small window, pairs of all distances, fewer
 # steps, and guidance for longer, with larger updates than the paper's, towards the clean reference's flow. Block and
-# tau are those that its training taught to match; guided, lr, reference and span were chosen on eight training clips
-# (README).
+# tau are those that its training taught to match, shift, cfg and negative prompt those that it was trained to be
+# sampled with; guided, lr, reference and span were chosen on training clips (README).
 TINY_MOTION = MotionConfig(
     height=128,
     width=192,
@@ -146,6 +147,7 @@ TINY_MOTION = MotionConfig(
     steps=25,
     shift=3.0,
     cfg=3.0,
+    negative="",
     guided=0.6,
     lr=(0.01, 0.007),
     block=3,
@@ -174,7 +176,6 @@ def transfer(
     config: MotionConfig,
     *,
     seed: int = 0,
-    negative: str = NEGATIVE,
     device: torch.device | str = "cpu",
     blocks: bool = True,
     recompute: str | None = None,
@@ -191,7 +192,7 @@ def transfer(
     device = torch.device(device)
     stage = Stages(device)
     with stage("text"):
-        prompts = [prompt, negative, ""]  # the last is no text at all
+        prompts = [prompt, config.negative, ""]  # the last is no text at all
         text, negative_text, null = encode_prompts(wan, prompts, device, blocks=blocks)
     with stage("encode"), resident(wan.vae, device):
         bar = partial(tqdm, desc="encode")
@@ -372,7 +373,7 @@ def parser() -> Parser:
     clip = p.add_argument_group("clip and prompt")
     clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     clip.add_argument("--prompt", help=f'what the new video shows ("{demo.wanted_scene().caption}")')
-    clip.add_argument("--negative", default=NEGATIVE, help="what it should not look like (Wan's default)")
+    clip.add_argument("--negative", help="what it should not look like (Wan's default, tiny none)")
     clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps:g} a second ({c.frames}, tiny {t.frames})")
     size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
     clip.add_argument("--size", type=height_width, help=f"HEIGHTxWIDTH in pixels, multiples of 16 ({size})")
@@ -395,7 +396,7 @@ def parser() -> Parser:
 
 def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     """The model's MotionConfig with what the command line changes; sizes are rounded, and that is said."""
-    given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "frames")}
+    given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "frames", "negative")}
     given |= dict(zip(("height", "width"), args.size or (None, None)))
     given = {name: value for name, value in given.items() if value is not None}
     knobs = parse_knobs(base, args.set)
@@ -519,7 +520,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         compile_blocks(wan.dit)
     config = replace(config, block=config.block_of(wan.dit))
     settings = {"model": str(args.model.resolve()), "ref": str(args.ref.resolve())}
-    settings |= {"ref_sha256": sha256(clip.tobytes()).hexdigest(), "prompt": args.prompt, "negative": args.negative}
+    settings |= {"ref_sha256": sha256(clip.tobytes()).hexdigest(), "prompt": args.prompt}
     settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
     facts = {"offload": args.offload, "compile": args.compile}
@@ -531,7 +532,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         record = json.dumps({**settings, **result.report, **facts}, indent=2, ensure_ascii=False)
         (folder / "run.json").write_text(record + "\n", encoding="utf-8")
 
-    options = {"seed": args.seed, "negative": args.negative, "device": device}
+    options = {"seed": args.seed, "device": device}
     options |= {"blocks": args.offload != "blocks", "recompute": args.recompute}
     result = transfer(wan, clip, args.prompt, config, **options, on_latents=save)
     save(result)  # again, with the costs of decoding

@@ -71,13 +71,13 @@ def test_the_block_is_the_middle_one():
         MotionConfig(block=3).block_of(dit)
 
 
-@pytest.mark.parametrize("strength", [1.0, 0.6])
-def test_without_guidance_it_is_euler_with_cfg(wan, clip, strength):
+@pytest.mark.parametrize(("strength", "words"), [(1.0, NEGATIVE), (0.6, ""), (1.0, "a cat")])
+def test_without_guidance_it_is_euler_with_cfg(wan, clip, strength, words):
     """Written out by hand: the start, both passes, the update."""
-    config = replace(SMALL, amf="none", strength=strength)
+    config = replace(SMALL, amf="none", strength=strength, negative=words)
     got = transfer(wan, clip, "a ball", config, seed=5)
     with torch.no_grad():
-        text, negative = encode_prompts(wan, ["a ball", NEGATIVE], CPU)
+        text, negative = encode_prompts(wan, ["a ball", words], CPU)
         z = wan.vae.encode(to_model(clip))
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
         u = [strength * (1 - i / 4) for i in range(5)]
@@ -243,6 +243,7 @@ def test_from_file_to_file(folder, tmp_path, clip, capsys):
         assert read_video(out / "preview.webp", fps=16).shape[0] == 9
         record = json.loads((out / "run.json").read_text(encoding="utf-8"))
         assert record["config"]["frames"] == 9 and record["prompt"] == "a cat" and record["seed"] == 0
+        assert record["config"]["negative"] == NEGATIVE
         assert set(record["stages"]) == {"text", "encode", "guide", "denoise", "flows", "decode"}
         assert len(record["checkpoint_sha256"]) == 3 and record["versions"]["torch"] == torch.__version__
         assert len(record["losses"]) == 1 and record["gradients"] == 4  # 20 % of 3 steps, rounded up
@@ -286,6 +287,7 @@ def test_no_arguments_at_all(tmp_path, monkeypatch, capsys):
     assert main(FLAGS) == 0
     (run,) = (tmp_path / "outputs").iterdir()
     assert read_video(run / "preview.webp").shape[2] == 3 * 96  # reference, result, result without guidance
+    assert json.loads((run / "run.json").read_text(encoding="utf-8"))["config"]["negative"] == ""
     assert "correlation" not in capsys.readouterr().out  # the true path is that of the whole clip
 
 

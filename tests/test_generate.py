@@ -6,26 +6,32 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from wan_mini import generate
 from wan_mini.generate import NEGATIVE, encode_prompts, guided_velocity, program
-from wan_mini.runtime import Stages, pick_device, pick_dtype, run
+from wan_mini.runtime import Stages, load_tensors, pick_device, pick_dtype, run
 from wan_mini.video import read_video
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("sampler, flags", [("unipc", []), ("euler", ["--compile"])])
-def test_from_prompt_to_file(folder, tmp_path, capsys, monkeypatch, sampler, flags):
+@pytest.mark.parametrize(
+    ("sampler", "flags", "own"),
+    [
+        ("unipc", [], {"shift": 8.0, "cfg": 6.0, "negative": NEGATIVE}),
+        ("euler", ["--compile", "--negative", "", "--cfg", "2"], {"shift": 8.0, "cfg": 2.0, "negative": ""}),
+    ],
+)
+def test_from_prompt_to_file(folder, tmp_path, capsys, monkeypatch, sampler, flags, own):
     out, compiled = tmp_path / "clip.webp", []
     monkeypatch.setattr(generate, "compile_blocks", compiled.append)
     command = ["--model", str(folder), "--prompt", "a cat", "--size", "70x96", "--frames", "8", "--steps", "2"]
     command += flags
     assert run(program, [*command, "--sampler", sampler, "--device", "cpu", "--out", str(out)]) == 0
     assert read_video(out).shape == (9, 64, 96, 3)
-    assert len(compiled) == len(flags)
-    assert load_file(tmp_path / "clip.safetensors")["latents"].shape == (1, 16, 3, 8, 12)
+    assert len(compiled) == flags.count("--compile")
+    (latents,), settings = load_tensors(tmp_path / "clip.safetensors", ["latents"])
+    assert latents.shape == (1, 16, 3, 8, 12) and own.items() <= settings.items()
     again = ["--model", str(folder), "--decode", str(tmp_path / "clip.safetensors"), "--out", str(tmp_path / "2.webp")]
     assert run(program, again) == 0
     assert np.array_equal(read_video(tmp_path / "2.webp"), read_video(out))

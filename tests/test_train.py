@@ -21,6 +21,7 @@ from torch import nn
 from fastvmt import TINY_MOTION
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
+from wan_mini.generate import SAMPLING
 from wan_mini.load import load_vae, load_wan
 from wan_mini.runtime import run
 from wan_mini.tiny import data, loop, train, world
@@ -272,6 +273,12 @@ def test_twenty_steps_of_shapes_lower_the_loss_of_the_parts(whole, small_world):
 
 def test_matching_is_taught_where_the_transfer_reads():
     assert (TINY_MOTION.block, TINY_MOTION.tau) == (BLOCK, train.MATCHING_TAU)
+
+
+def test_it_is_sampled_as_it_was_trained():
+    """With the shift of its noise levels, and away from the prompt that stood in for those left out: no words."""
+    assert (TINY_MOTION.shift, TINY_MOTION.cfg, TINY_MOTION.negative) == SAMPLING["tiny"]
+    assert (TINY_MOTION.shift, TINY_MOTION.negative) == (train.SHIFT, "")
 
 
 def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):

@@ -40,7 +40,9 @@ NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
-SHIFT_AND_CFG = {"Wan2.1-T2V-14B": (5.0, 5.0), "tiny": (3.0, 3.0)}  # others: 1.3B's 8 and 6 (official README)
+# Shift, cfg and negative prompt; others have 1.3B's (official README). The tiny model's is the empty prompt, which
+# stood in for the captions left out in its training: Chinese is unknown tokens to it.
+SAMPLING = {"Wan2.1-T2V-14B": (5.0, 5.0, NEGATIVE), "tiny": (3.0, 3.0, "")}
 
 
 @torch.no_grad()
@@ -113,7 +115,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     p.add_argument("--prompt", help="what the video shows")
-    p.add_argument("--negative", default=NEGATIVE, help="default: the original's")
+    p.add_argument("--negative", help="what it should not look like (Wan's default)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--size", type=height_width, default=(480, 832), help="HEIGHTxWIDTH in pixels (480x832)")
     p.add_argument("--frames", type=int, default=81, help="4k+1 frames at 16 a second (%(default)s)")
@@ -149,15 +151,15 @@ def program(argv: list[str] | None) -> None:
     wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=pick_dtype(device, args.dtype))
     if args.compile:
         compile_blocks(wan.dit)
-    default_shift, default_cfg = SHIFT_AND_CFG.get(wan.name, (8.0, 6.0))
-    shift = default_shift if args.shift is None else args.shift
-    cfg = default_cfg if args.cfg is None else args.cfg
+    given = args.shift, args.cfg, args.negative
+    own = SAMPLING.get(wan.name, (8.0, 6.0, NEGATIVE))
+    shift, cfg, negative = (b if a is None else a for a, b in zip(given, own))
     scheduler = (FlowUniPC if args.sampler == "unipc" else FlowEuler)(args.steps, shift)
     settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "shift": shift, "cfg": cfg}
     print(f"{wan.name} on {device}: {frames} frames of {size[0]}x{size[1]},", json.dumps(settings))
     options = {"size": size, "frames": frames, "scheduler": scheduler, "cfg": cfg, "seed": args.seed}
-    latents = generate(wan, args.prompt, **options, negative=args.negative, device=device)
-    settings |= {"ai_generated": True, "model": wan.name, "prompt": args.prompt, "negative": args.negative}
+    latents = generate(wan, args.prompt, **options, negative=negative, device=device)
+    settings |= {"ai_generated": True, "model": wan.name, "prompt": args.prompt, "negative": negative}
     save_tensors(args.out.with_suffix(".safetensors"), {"latents": latents}, settings)
     print("wrote", write_video(args.out, decode(wan.vae, latents, device), fps=16, metadata=settings))
 

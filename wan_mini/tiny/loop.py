@@ -119,7 +119,10 @@ class Training:
     def run(
         self, loss_of: Callable[[nn.Module, int, Generator], Tensor], sheet: Callable[[], np.ndarray] | None = None
     ) -> None:
-        """Step until the end, saving now and then. Raises SystemExit at the deadline, FloatingPointError on NaN."""
+        """Step until the end, saving now and then, with a picture of samples where `sheet` makes one.
+
+        Raises SystemExit at the deadline, FloatingPointError on NaN.
+        """
         job, steps, clock = self.job, self.job.recipe.steps, time.monotonic()
         fast = pick_dtype(job.device) == torch.bfloat16 or has_amx(job.device)
         with tqdm(initial=len(self.losses), total=steps, desc=self.name, unit="step") as bar:

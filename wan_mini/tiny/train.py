@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
-from wan_mini.generate import SHIFT_AND_CFG, decode, generate
+from wan_mini.generate import SAMPLING, decode, generate
 from wan_mini.load import Wan, load_vae, load_wan, save_wan
 from wan_mini.runtime import Parser, digest, pick_device, run
 from wan_mini.scheduler import FlowEuler, shift_sigma
@@ -52,7 +52,7 @@ from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
 from wan_mini.video import from_model
 
 VAE_FILE = "Wan2.1_VAE.safetensors"  # as save_wan names it
-SHIFT, CFG = SHIFT_AND_CFG["tiny"]
+SHIFT, CFG, NEGATIVE = SAMPLING["tiny"]
 DROPOUT = 0.1  # share of captions left out, so that guidance has a model of videos without a caption
 NOISE = 0.03  # on the latents while the VAE learns, in standard deviations
 VAE_PHASES = (  # until this share of the steps: frames, height and width of the crops, crops per --batch
@@ -410,7 +410,7 @@ def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict
 
     def sheet() -> np.ndarray:
         average = replace(wan, dit=training.ema["dit"], text_encoder=training.ema["text"])
-        sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": "", "device": job.device}
+        sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": NEGATIVE, "device": job.device}
         latents = [generate(average, prompt, size=(HEIGHT, WIDTH), frames=FRAMES, **sampler) for prompt in prompts]
         clips = [decode(wan.vae, z, job.device)[::8] for z in latents]  # (5,H,W,3) each
         rows = [np.concatenate([*clip], axis=1) for clip in clips]  # -> (H,5W,3) each
