@@ -278,7 +278,7 @@ def test_matching_is_taught_where_the_transfer_reads():
 def test_it_is_sampled_as_it_was_trained():
     """With the shift of its noise levels, and away from the prompt that stood in for those left out: no words."""
     assert (TINY_MOTION.shift, TINY_MOTION.cfg, TINY_MOTION.negative) == SAMPLING["tiny"]
-    assert (TINY_MOTION.shift, TINY_MOTION.negative) == (train.SHIFT, "")
+    assert (TINY_MOTION.shift, TINY_MOTION.negative) == (train.SHIFT, train.EMPTY) == (3.0, "")
 
 
 def test_other_settings_do_not_go_on(whole, small_world, monkeypatch):

@@ -115,7 +115,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     p.add_argument("--prompt", help="what the video shows")
-    p.add_argument("--negative", help="what it should not look like (Wan's default)")
+    p.add_argument("--negative", help="what it should not look like (Wan's default, tiny none)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--size", type=height_width, default=(480, 832), help="HEIGHTxWIDTH in pixels (480x832)")
     p.add_argument("--frames", type=int, default=81, help="4k+1 frames at 16 a second (%(default)s)")

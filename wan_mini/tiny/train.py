@@ -52,7 +52,7 @@ from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
 from wan_mini.video import from_model
 
 VAE_FILE = "Wan2.1_VAE.safetensors"  # as save_wan names it
-SHIFT, CFG, NEGATIVE = SAMPLING["tiny"]
+SHIFT, CFG, EMPTY = SAMPLING["tiny"]  # EMPTY stands in for a caption left out
 DROPOUT = 0.1  # share of captions left out, so that guidance has a model of videos without a caption
 NOISE = 0.03  # on the latents while the VAE learns, in standard deviations
 VAE_PHASES = (  # until this share of the steps: frames, height and width of the crops, crops per --batch
@@ -346,7 +346,7 @@ def train_words(job: Job) -> None:
 
     training, known = Training("words", job, seeded(job.seed, fresh)), lexicon(wan.tokenizer, config.vocab)
     captions = [make_clip(seed, frames=[]).caption for seed in range(PER_CLIP["pictures"] * job.recipe.clips)]
-    ids = token_table(wan.tokenizer, [*captions, *map(casual, captions), ""])
+    ids = token_table(wan.tokenizer, [*captions, *map(casual, captions), EMPTY])
 
     def loss_of(model: nn.ModuleDict, step: int, rng: Generator) -> Tensor:
         rows = ids[rng.integers(len(ids), size=job.recipe.batch)]  # (B,L)
@@ -389,7 +389,7 @@ def truth_of(name: str, sort: str, seed: int) -> Truth:
 def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict, captions: dict) -> None:
     """Train what needs a gradient of DiT and text encoder through a stage's phases, then write both and the rest."""
     # Of each sort (2n+1,L): captions as written, casual, and the empty one.
-    ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), ""]) for sort, some in captions.items()}
+    ids = {sort: token_table(wan.tokenizer, [*some, *map(casual, some), EMPTY]) for sort, some in captions.items()}
     model = nn.ModuleDict({"dit": wan.dit, "text": wan.text_encoder})
     if name == "shapes":
         model["reader"] = seeded(job.seed, lambda: reader(wan.dit.config.dim))
@@ -410,7 +410,7 @@ def fit_dit(name: str, job: Job, wan: Wan, phases: Sequence[tuple], shards: dict
 
     def sheet() -> np.ndarray:
         average = replace(wan, dit=training.ema["dit"], text_encoder=training.ema["text"])
-        sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": NEGATIVE, "device": job.device}
+        sampler = {"scheduler": FlowEuler(12, SHIFT), "cfg": CFG, "seed": 0, "negative": EMPTY, "device": job.device}
         latents = [generate(average, prompt, size=(HEIGHT, WIDTH), frames=FRAMES, **sampler) for prompt in prompts]
         clips = [decode(wan.vae, z, job.device)[::8] for z in latents]  # (5,H,W,3) each
         rows = [np.concatenate([*clip], axis=1) for clip in clips]  # -> (H,5W,3) each
