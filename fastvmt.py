@@ -139,7 +139,7 @@ class MotionConfig:
 # For the tiny model, whose grid is 9 latent frames of 8x12 tokens: a small window, pairs of all distances, fewer
 # steps, and guidance for longer, with larger updates than the paper's, towards the clean reference's flow. Block and
 # tau are those that its training taught to match, shift, cfg and negative prompt those that it was trained to be
-# sampled with; guided, lr, reference and span were chosen on training clips (README).
+# sampled with; guided, lr, reference, span and window were chosen on training clips (README).
 TINY_MOTION = MotionConfig(
     height=128,
     width=192,

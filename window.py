@@ -3,9 +3,9 @@
 Dense AMF compares every token with every token of the other frame. FastVMT (arXiv 2602.05551, Sec. 3.3) first asks
 one representative of each tile of tokens where its tile went (Eq. 1, 2, 4), then lets the tile's tokens look only at
 a window around that place (Eq. 3). Windows are boxes of distinct keys: at borders they are shifted, never padded.
-What a window buys is that far, wrong matches are out of reach. It buys little time: all logits of a pair of frames are
-computed, in one matrix product, because that is faster than gathering each window's keys. Only what the backward needs
-is less, so little that it can be kept.
+What a window buys is that far, wrong matches are out of reach (and right ones, should two things change places). It
+buys little time: all logits of a pair of frames are computed, in one matrix product, because that is faster than
+gathering each window's keys. Only what the backward needs is less, so little that it can be kept.
 
     grid = (F, H, W)                                        # N = F*H*W tokens, S = H*W of them in a frame
     q, k = ...                                              # (1,N,M,D) of one clip, raster order, as attention uses
