@@ -258,6 +258,12 @@ def test_rows_and_table(tmp_path):
     ]  # 1.96 * 0.1 / sqrt(50) = 0.028
 
 
+def test_a_cell_of_the_table_does_not_depend_on_the_others():
+    some = [{"kind": "single", "setting": "x", "a": float(a**3)} for a in range(20)]
+    more = [{**row, "setting": "y"} for row in some[:7]] + some
+    assert table(some, ["a"]).splitlines()[-1].split() == table(more, ["a"]).splitlines()[-1].split()
+
+
 def test_settings_are_the_methods_own():
     for changes in SETTINGS.values():
         replace(fastvmt.TINY_MOTION, **changes)
