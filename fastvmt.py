@@ -4,8 +4,8 @@
     python fastvmt.py --model Wan2.1-T2V-1.3B --ref clip.mp4 --prompt "a fox runs over a frozen lake"
 
 The queries and keys of one block of the diffusion transformer tell where each token goes from frame to frame: the
-Attention Motion Flow (window.py). In the first steps of denoising, the latent is optimised (skip_optim.py) until its
-flow matches the reference's (losses.py). Below, `transfer` is the run, and `Guide` what is minimised.
+Attention Motion Flow (window.py). In the first steps of denoising, the latent is optimized (skip_optim.py) until its
+flow matches the reference's (losses.py). Below, `transfer` is the run, and `Guide` what is minimized.
 """
 
 import json
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses import amf_loss, total_loss, window_loss
-from skip_optim import optimise
+from skip_optim import optimize
 from wan_mini.dit import RECOMPUTE, WanDiT
 from wan_mini.flops import activation_bytes, forward_flops, gradient_flops
 from wan_mini.generate import NEGATIVE, decode, encode_prompts, guided_velocity
@@ -56,7 +56,7 @@ from wan_mini.runtime import (
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
-from window import dense_amf, frame_pairs, tile_centres, windowed_amf
+from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents
 
@@ -89,20 +89,20 @@ class MotionConfig:
     # Around which matches the windows lie. "ref0": the clean reference's, once per run, for both videos. "ref": the
     # noised reference's, for both. "own": each video's own, anew at every gradient (release); near pure noise these
     # are almost random, so a prototype on a small trained Wan followed its reference far better with ref0 (README).
-    centres: str = "ref0"
+    centers: str = "ref0"
     # Whose flow is wanted. "noised": that of the reference with the step's noise (Sec. 4.1, release); "clean": without
     # noise, once per run (Sec. 3.2; "ref" is then "ref0"). A flow read near pure noise says little of the reference,
     # but a clean one asks of a noisy latent what its own flow may not be able to show.
     reference: str = "noised"
-    centre_kind: str = "argmax"  # the best match (Eq. 4); "soft": the mean over all (Eq. 2; release)
+    center_kind: str = "argmax"  # the best match (Eq. 4); "soft": the mean over all (Eq. 2; release)
     vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
 
     def __post_init__(self):
         choices = {
             "amf": ("windowed", "dense", "none"),
-            "centres": ("ref0", "ref", "own"),
+            "centers": ("ref0", "ref", "own"),
             "reference": ("noised", "clean"),
-            "centre_kind": ("argmax", "soft"),
+            "center_kind": ("argmax", "soft"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -213,7 +213,7 @@ def transfer(
             if index < config.guided_steps:
                 with stage("guide"):
                     loss = guide.loss_at(timestep, noised_reference(sigma), show=bar.set_postfix)
-                    x, inner = optimise(x, loss, steps=config.inner_steps, interval=config.interval, lr=config.lr)
+                    x, inner = optimize(x, loss, steps=config.inner_steps, interval=config.interval, lr=config.lr)
                     losses.append(inner.losses)
             with stage("denoise"):
                 velocity = guided_velocity(wan.dit, x, timestep, text, negative_text, config.cfg)
@@ -252,12 +252,12 @@ class Guide:
         self.block = config.block_of(dit)
         self.recompute = recompute or least_recompute(dit, self.grid, self.block, z_ref.device)
         self.report = {"pairs": len(self.pairs), "recompute": self.recompute, "key_gradient_norms": []}
-        self.centres = self.clean = None  # what is found once; None: anew, at each step or at each gradient
-        ref0 = config.amf == "windowed" and config.centres == "ref0"
+        self.centers = self.clean = None  # what is found once; None: anew, at each step or at each gradient
+        ref0 = config.amf == "windowed" and config.centers == "ref0"
         clean = config.amf != "none" and config.reference == "clean"
         if ref0 or clean:
             q, k = self.qk(z_ref, torch.zeros(1), null)  # t = 0
-            self.centres = self.centres_of(q, k) if ref0 else None
+            self.centers = self.centers_of(q, k) if ref0 else None
             self.clean = self.wanted(q, k) if clean else None
 
     def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
@@ -265,28 +265,28 @@ class Guide:
         again = self.recompute if x.requires_grad else "none"
         return self.dit(x, timestep.reshape(1), text, qk_block=self.block, recompute=again)
 
-    def centres_of(self, q: Tensor, k: Tensor) -> Tensor:
+    def centers_of(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile went, (pairs, tiles, 2)."""
         c = self.config
-        return tile_centres(q, k, self.grid, self.pairs, tile=c.tile, kind=c.centre_kind, tau=c.tau)
+        return tile_centers(q, k, self.grid, self.pairs, tile=c.tile, kind=c.center_kind, tau=c.tau)
 
-    def flow(self, q: Tensor, k: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def flow(self, q: Tensor, k: Tensor, centers: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Motion flow (pairs, S, 2), and its windows if it has any."""
         c = self.config
         if c.amf == "dense":
             return dense_amf(q, k, self.grid, self.pairs, tau=c.tau), None
-        centres = self.centres_of(q, k) if centres is None else centres
-        return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centres=centres)
+        centers = self.centers_of(q, k) if centers is None else centers
+        return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centers=centers)
 
     def wanted(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Flow of the reference (pairs, S, 2), and the centres for both videos; None where each has its own."""
-        fresh = self.config.amf == "windowed" and self.config.centres == "ref"
-        centres = self.centres_of(q, k) if fresh else self.centres
-        return self.flow(q, k, centres)[0], centres
+        """Flow of the reference (pairs, S, 2), and the centers for both videos; None where each has its own."""
+        fresh = self.config.amf == "windowed" and self.config.centers == "ref"
+        centers = self.centers_of(q, k) if fresh else self.centers
+        return self.flow(q, k, centers)[0], centers
 
-    def losses(self, q: Tensor, k: Tensor, flow_ref: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(self, q: Tensor, k: Tensor, flow_ref: Tensor, centers: Tensor | None) -> tuple[Tensor, Tensor]:
         """Flow loss (Eq. 5) and window loss (Eq. 7; 0 for dense flow, which has no windows)."""
-        flow, windows = self.flow(q, k, centres)
+        flow, windows = self.flow(q, k, centers)
         amf = amf_loss(flow_ref, flow, self.pairs, self.config.span, self.config.alpha)
         return amf, k.new_zeros(()) if windows is None else window_loss(k, self.grid, self.pairs, windows)
 
@@ -294,13 +294,13 @@ class Guide:
         self, timestep: Tensor, noised_reference: Tensor, show: Callable[..., None] = lambda **losses: None
     ) -> Callable[[Tensor], Tensor]:
         """The loss of a latent at this timestep, against the reference at the same noise, or at none (Eq. 8)."""
-        flow_ref, centres = self.clean or self.wanted(*self.qk(noised_reference, timestep, self.null))
+        flow_ref, centers = self.clean or self.wanted(*self.qk(noised_reference, timestep, self.null))
         norms: dict[str, float] = {}  # noted at the first gradient of the step
         self.report["key_gradient_norms"].append(norms)
 
         def loss(x: Tensor) -> Tensor:
             q, k = self.qk(x, timestep, self.text)
-            amf, tracking = self.losses(q, k, flow_ref, centres)
+            amf, tracking = self.losses(q, k, flow_ref, centers)
             show(amf=f"{amf.item():.4g}", window=f"{tracking.item():.4g}")
             if not norms:
                 norms.update(key_gradient_norms(amf, tracking, self.config.weights, k))
@@ -311,7 +311,7 @@ class Guide:
     def clean_flow(self, latents: Tensor) -> Tensor:
         """Flow of a clean clip from each latent frame to the next, (F-1, S, 2): the preview's arrows.
 
-        Not the flow that was optimised, which is that of noisy latents. In windows around the clip's own matches,
+        Not the flow that was optimized, which is that of noisy latents. In windows around the clip's own matches,
         whatever guides: a mean over the frame points to its middle where a match is unsure, as on an even ground.
         """
         c, pairs = self.config, frame_pairs(self.grid[0], 1)
@@ -349,7 +349,7 @@ def one_gradient(dit: WanDiT, z: Tensor, text: Tensor, recompute: str, config: M
     with torch.enable_grad():
         q, k = guide.qk(x, torch.tensor(500.0), text)
         wanted = q.new_zeros(len(guide.pairs), guide.grid[1] * guide.grid[2], 2)
-        losses = guide.losses(q, k, wanted, guide.centres)
+        losses = guide.losses(q, k, wanted, guide.centers)
         torch.autograd.grad(total_loss(*losses, config.weights), x)
 
 

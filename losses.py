@@ -1,4 +1,4 @@
-"""What FastVMT minimises: the distance of two motion flows, and the drift of a tile's keys along its own track.
+"""What FastVMT minimizes: the distance of two motion flows, and the drift of a tile's keys along its own track.
 
 FastVMT (arXiv 2602.05551) Eq. 5-8. Tensors in, scalar out; no model. Flows and windows come from window.py.
 """

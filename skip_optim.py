@@ -1,4 +1,4 @@
-"""Latent optimisation that computes a gradient only every few steps: FastVMT (arXiv 2602.05551) Eq. 9, 10.
+"""Latent optimization that computes a gradient only every few steps: FastVMT (arXiv 2602.05551) Eq. 9, 10.
 
 The gradient is nearly all of an inner step's cost, and FastVMT finds that it hardly changes from one step to the next.
 This file knows nothing of Wan: a latent, a loss, a schedule.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Report:
-    """What an optimisation did: the loss at each gradient, and how many gradients there were."""
+    """What an optimization did: the loss at each gradient, and how many gradients there were."""
 
     losses: list[float] = field(default_factory=list)
 
@@ -23,7 +23,7 @@ class Report:
         return len(self.losses)
 
 
-def optimise(
+def optimize(
     latents: Tensor,
     loss_fn: Callable[[Tensor], Tensor],
     *,
@@ -34,8 +34,8 @@ def optimise(
     """Lower loss_fn(latents) by `steps` AdamW updates with a gradient at steps 0, interval, 2 interval, ...
 
     The other steps reuse the last gradient: they run neither loss_fn nor autograd. The rate falls linearly from lr[0]
-    to lr[1]; no weight decay, a fresh optimiser each call. interval=1 is plain AdamW.
-    -> optimised latents, a float32 copy, and the report. In bfloat16, whose neighbours above 1 are 0.008 apart, an
+    to lr[1]; no weight decay, a fresh optimizer each call. interval=1 is plain AdamW.
+    -> optimized latents, a float32 copy, and the report. In bfloat16, whose neighbors above 1 are 0.008 apart, an
     update of 0.003 would round away.
     Raises ValueError on steps or interval below 1, FloatingPointError on a loss that is not finite.
     """

@@ -58,7 +58,7 @@ def dense_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], *, tau: float
     return _by_chunks(_recomputed(flow_of), *_features(q, k, grid, tau), pairs)
 
 
-def tile_centres(
+def tile_centers(
     q: Tensor,
     k: Tensor,
     grid: Grid,
@@ -70,12 +70,12 @@ def tile_centres(
 ) -> Tensor:
     """Where the middle token of each tile is found in the target frame: Eq. 1, then Eq. 4, or Eq. 2 if kind="soft".
 
-    -> centres (len(pairs), tiles, 2), absolute positions, no gradient. "argmax" does not depend on tau; "soft"
+    -> centers (len(pairs), tiles, 2), absolute positions, no gradient. "argmax" does not depend on tau; "soft"
     is a mean over the frame, which falls to the frame's middle where the match is unsure.
     Raises ValueError on another kind, an empty tile, or q and k that do not fit the grid.
     """
     if kind not in ("argmax", "soft"):
-        raise ValueError(f'kind of centres must be "argmax" or "soft", got {kind!r}')
+        raise ValueError(f'kind of centers must be "argmax" or "soft", got {kind!r}')
     if min(tile) < 1:
         raise ValueError(f"tile must be at least 1x1 tokens, got {tile}")
     places = _places(grid, q)
@@ -84,26 +84,26 @@ def tile_centres(
     columns = (torch.arange(0, w, tile[1], device=q.device) + tile[1] // 2).clamp(max=w - 1)
     middle = (rows[:, None] * w + columns).flatten()  # (tiles,) token numbers
 
-    def centre_of(q_i: Tensor, k_j: Tensor) -> Tensor:
+    def center_of(q_i: Tensor, k_j: Tensor) -> Tensor:
         logits = q_i @ k_j.mT  # (P,tiles,C) x (P,S,C) -> (P,tiles,S)
         return places[logits.argmax(-1)] if kind == "argmax" else logits.softmax(-1) @ places  # -> (P,tiles,2)
 
     with torch.no_grad():
         queries, keys = _features(q, k, grid, tau)
-        return _by_chunks(centre_of, queries[:, middle], keys, pairs)
+        return _by_chunks(center_of, queries[:, middle], keys, pairs)
 
 
-def place_windows(centres: Tensor, grid: Grid, window: int) -> Tensor:
-    """Keys of the window around each centre: a box of min(window,H) x min(window,W), shifted to lie inside the frame.
+def place_windows(centers: Tensor, grid: Grid, window: int) -> Tensor:
+    """Keys of the window around each center: a box of min(window,H) x min(window,W), shifted to lie inside the frame.
 
-    centres (..., 2) absolute -> (..., keys) flat token numbers inside the target frame, all distinct.
+    centers (..., 2) absolute -> (..., keys) flat token numbers inside the target frame, all distinct.
     """
     _, h, w = grid
-    size = torch.tensor([min(window, h), min(window, w)], device=centres.device)
-    corner = (centres + 0.5).floor().long() - size // 2  # (..., 2)
-    corner = corner.clamp(min=torch.zeros_like(size), max=torch.tensor([h, w], device=centres.device) - size)
-    rows = corner[..., 0, None] + torch.arange(min(window, h), device=centres.device)  # (..., rows)
-    columns = corner[..., 1, None] + torch.arange(min(window, w), device=centres.device)  # (..., columns)
+    size = torch.tensor([min(window, h), min(window, w)], device=centers.device)
+    corner = (centers + 0.5).floor().long() - size // 2  # (..., 2)
+    corner = corner.clamp(min=torch.zeros_like(size), max=torch.tensor([h, w], device=centers.device) - size)
+    rows = corner[..., 0, None] + torch.arange(min(window, h), device=centers.device)  # (..., rows)
+    columns = corner[..., 1, None] + torch.arange(min(window, w), device=centers.device)  # (..., columns)
     return (rows[..., :, None] * w + columns[..., None, :]).flatten(-2)  # (..., rows, columns) -> (..., keys)
 
 
@@ -116,23 +116,23 @@ def windowed_amf(
     tau: float = 2.0,
     tile: tuple[int, int] = (3, 4),
     window: int = 21,
-    centres: Tensor | None = None,
+    centers: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Displacement of each token by a softmax over its tile's window in the target frame (Eq. 3).
 
-    centres (len(pairs), tiles, 2) from tile_centres, of this video or of another; None: this video's own argmax.
+    centers (len(pairs), tiles, 2) from tile_centers, of this video or of another; None: this video's own argmax.
     -> flow (len(pairs), S, 2), from each token's own place, wherever its window is; windows (len(pairs), tiles, keys),
     flat token numbers in the target frame. No gradient through the windows' places. Where tiles do not divide the
     grid, the last ones are smaller. Raises ValueError on sizes that do not fit.
     """
     if window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
-    if centres is None:
-        centres = tile_centres(q, k, grid, pairs, tile=tile, tau=tau)
+    if centers is None:
+        centers = tile_centers(q, k, grid, pairs, tile=tile, tau=tau)
     tokens, slots = _tile_tokens(grid, tile, q.device)
-    if centres.shape != (len(pairs), len(tokens), 2):
-        raise ValueError(f"centres must be {(len(pairs), len(tokens), 2)} for tiles {tile}, got {tuple(centres.shape)}")
-    windows = place_windows(centres, grid, window)
+    if centers.shape != (len(pairs), len(tokens), 2):
+        raise ValueError(f"centers must be {(len(pairs), len(tokens), 2)} for tiles {tile}, got {tuple(centers.shape)}")
+    windows = place_windows(centers, grid, window)
     places = _places(grid, q)
 
     def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:

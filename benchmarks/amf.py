@@ -17,7 +17,7 @@ from torch import Tensor
 import window
 from benchmarks.common import Bench, available_bytes, difference, parser, slope
 from fastvmt import MotionConfig
-from window import Grid, Pair, dense_amf, frame_pairs, place_windows, tile_centres, windowed_amf
+from window import Grid, Pair, dense_amf, frame_pairs, place_windows, tile_centers, windowed_amf
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 AT_ONCE, ALL, SAME = "dense, all at once", "dense, all pairs", "dense, same pairs"
@@ -39,7 +39,7 @@ def plain_amf(q: Tensor, k: Tensor, grid: Grid, tau: float) -> Tensor:
     return found.unflatten(0, (f, h * w)).transpose(1, 2) - places  # -> (F,S,F,2) -> (F,F,S,2)
 
 
-def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centres: Tensor, c: MotionConfig) -> Tensor:
+def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: Tensor, c: MotionConfig) -> Tensor:
     """windowed_amf by copying each window's keys, one pair of frames at a time (350 MB at full size)."""
     tokens, slots = window._tile_tokens(grid, c.tile, q.device)
     places = window._places(grid, q)
@@ -51,20 +51,20 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centres: T
         return (found[slots] - places).unsqueeze(0)  # -> (1,S,2)
 
     queries, keys = window._features(q, k, grid, c.tau)
-    windows = place_windows(centres, grid, c.window)
+    windows = place_windows(centers, grid, c.window)
     with patch.object(window, "CHUNK_BYTES", 1):
         return window._by_chunks(window._recomputed(flow_of), queries[:, tokens.flatten()], keys, pairs, windows)
 
 
-def ways(grid: Grid, centres: Tensor, c: MotionConfig) -> dict[str, Flow]:
+def ways(grid: Grid, centers: Tensor, c: MotionConfig) -> dict[str, Flow]:
     """Every way to a flow; the first of all pairs that can be measured is the reference."""
     pairs, every = frame_pairs(grid[0], c.span), all_pairs(grid[0])
-    options = {"tau": c.tau, "tile": c.tile, "window": c.window, "centres": centres}
+    options = {"tau": c.tau, "tile": c.tile, "window": c.window, "centers": centers}
     return {
         AT_ONCE: lambda q, k: plain_amf(q, k, grid, c.tau),
         ALL: lambda q, k: dense_amf(q, k, grid, every, tau=c.tau),
         SAME: lambda q, k: dense_amf(q, k, grid, pairs, tau=c.tau),
-        GATHERED: lambda q, k: gathered_amf(q, k, grid, pairs, centres, c),
+        GATHERED: lambda q, k: gathered_amf(q, k, grid, pairs, centers, c),
         WINDOWED: lambda q, k: windowed_amf(q, k, grid, pairs, **options)[0],
     }
 
@@ -79,8 +79,8 @@ def check(device: torch.device) -> None:
     """On a small grid, both dense and both windowed ways pull the same."""
     grid, c = (4, 7, 10), MotionConfig(window=5)
     q, k = torch.randn(2, 1, prod(grid), 2, 8, device=device)
-    centres = tile_centres(q, k, grid, frame_pairs(grid[0], c.span))
-    pulls = {name: torch.cat(pull(flow, q, k)) for name, flow in ways(grid, centres, c).items()}
+    centers = tile_centers(q, k, grid, frame_pairs(grid[0], c.span))
+    pulls = {name: torch.cat(pull(flow, q, k)) for name, flow in ways(grid, centers, c).items()}
     for a, b in ((AT_ONCE, ALL), (GATHERED, WINDOWED)):
         assert difference(pulls[a], pulls[b]) < 1e-5, f"{a} and {b} differ"
 
@@ -106,16 +106,16 @@ def time_frames(bench: Bench, frames: int, given_up: set[str]) -> None:
     grid = (frames, *bench.size.grid[1:])
     q, k = torch.randn(2, 1, prod(grid), heads, bench.size.dit.dim // heads, device=bench.device)
     pairs = frame_pairs(frames, c.span)
-    centres = tile_centres(q, k, grid, pairs, tile=c.tile, tau=c.tau)
+    centers = tile_centers(q, k, grid, pairs, tile=c.tile, tau=c.tau)
     counted, reference = operations(grid, bench.size.dit.dim, c), None
-    for name, flow in ways(grid, centres, c).items():
+    for name, flow in ways(grid, centers, c).items():
         row, needed = f"{name}, F={frames}", 3 * 4 * prod(grid) ** 2 if name == AT_ONCE else 0
         if name in given_up or needed > available_bytes(bench.device):
             bench.skip(row, "took too long with fewer frames" if name in given_up else f"needs {needed / 1e9:.0f} GB")
             continue
         note = f"{len(pairs) if name in (SAME, GATHERED, WINDOWED) else frames**2} pairs"
         if name == WINDOWED:
-            bound = stated_bound(q, grid, place_windows(centres, grid, c.window))
+            bound = stated_bound(q, grid, place_windows(centers, grid, c.window))
             note += f", stated bound {bound:.3g} GB"
         options = {"to": reference, "operations": counted[name], "dtype": torch.float32, "note": note}
         bench.row(row, lambda flow=flow: pull(flow, q, k), **options)
@@ -124,7 +124,7 @@ def time_frames(bench: Bench, frames: int, given_up: set[str]) -> None:
             reference = row
         if seconds is None or seconds > bench.args.limit:
             given_up.add(name)
-    bench.row(f"windows placed, F={frames}", lambda: tile_centres(q, k, grid, pairs, tile=c.tile), note="once per run")
+    bench.row(f"windows placed, F={frames}", lambda: tile_centers(q, k, grid, pairs, tile=c.tile), note="once per run")
 
 
 def exponents(bench: Bench) -> dict[str, float]:

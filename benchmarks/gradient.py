@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.common import Bench, difference, parser
 from benchmarks.models import random_dit, random_inputs
-from benchmarks.released import ReleasedGuide, flush, released_optimise
+from benchmarks.released import ReleasedGuide, flush, released_optimize
 from fastvmt import Guide
-from skip_optim import optimise
+from skip_optim import optimize
 from wan_mini.dit import Attention, WanDiT
 from wan_mini.flops import gradient_flops
 from wan_mini.scheduler import FlowEuler
@@ -64,7 +64,7 @@ class Step:
         scheduler = FlowEuler(self.config.steps, self.config.shift)
         self.timestep, sigma = scheduler.timesteps[1], scheduler.sigmas[1]
         self.x, self.noised = ((1 - sigma) * z + sigma * noise for z in (self.z_ref.flip(2), self.z_ref))
-        self.centres = self.guide(Guide).centres
+        self.centers = self.guide(Guide).centers
 
     @torch.no_grad()
     def guide(self, kind: type[Guide]) -> Guide:
@@ -75,7 +75,7 @@ class Step:
     def loss(self, kind: type[Guide], recompute: str) -> tuple[Callable[[Tensor], Tensor], Guide]:
         """Its loss, all kinds with the same windows: rounding could move an argmax."""
         guide = self.guide(kind)
-        guide.centres, guide.recompute = self.centres, recompute
+        guide.centers, guide.recompute = self.centers, recompute
         return guide.loss_at(self.timestep, self.noised), guide
 
 
@@ -100,7 +100,7 @@ def time_gradients(bench: Bench, step: Step) -> dict[str, Tensor]:
 
 def time_reuse(bench: Bench, x: Tensor) -> None:
     """Updates without a gradient, beside the gradient of the same schedule."""
-    for name, function, to in (("released", released_optimise, "released schedule"), ("ours", optimise, "ours")):
+    for name, function, to in (("released", released_optimize, "released schedule"), ("ours", optimize, "ours")):
         options = {"steps": REUSED, "interval": REUSED, "lr": (0.003, 0.002)}
 
         def call(function=function, options=options):

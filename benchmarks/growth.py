@@ -41,7 +41,7 @@ def time_guidance(bench: Bench, wan: Wan, ending: str) -> None:
     c, x = step.config, step.x.clone().requires_grad_()
     with torch.no_grad():
         q, k = guide.qk(step.x, step.timestep, step.text)
-    options = {"tau": c.tau, "tile": c.tile, "window": c.window, "centres": guide.centres}
+    options = {"tau": c.tau, "tile": c.tile, "window": c.window, "centers": guide.centers}
 
     def flow(q, k):
         return windowed_amf(q, k, guide.grid, guide.pairs, **options)[0]

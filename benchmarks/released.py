@@ -8,7 +8,7 @@ The mathematics is ours, loss and windows included, so that both must give the s
     RoPE in complex128                                            real, float32
     frame pairs one after the other                               in chunks
     after each update, twice gc.collect and empty_cache           never
-    an update without a gradient: backward of (x * g).sum()       only the optimiser's step
+    an update without a gradient: backward of (x * g).sum()       only the optimizer's step
 
 The release's own flow (heads averaged, so narrower products, but keys gathered for every window) is not timed here:
 amf.py measures what gathering costs.
@@ -47,10 +47,10 @@ class ReleasedGuide(Guide):
         dit.unpatchify(dit.head(stream, time), self.grid)
         return found[0]
 
-    def flow(self, q: Tensor, k: Tensor, centres: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def flow(self, q: Tensor, k: Tensor, centers: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The flow of one pair of frames after the other."""
         with patch.object(window, "CHUNK_BYTES", 1):
-            return super().flow(q, k, centres)
+            return super().flow(q, k, centers)
 
 
 def whole_block(
@@ -89,10 +89,10 @@ def flush() -> None:
         torch.cuda.empty_cache()  # nothing, where CUDA is not in use
 
 
-def released_optimise(
+def released_optimize(
     latents: Tensor, loss_fn: Callable[[Tensor], Tensor], *, steps: int, interval: int, lr: tuple[float, float]
 ) -> tuple[Tensor, Report]:
-    """skip_optim.optimise, with a backward at each update and steps + 2 flushes."""
+    """skip_optim.optimize, with a backward at each update and steps + 2 flushes."""
     flush()
     x = latents.detach().clone().requires_grad_()
     optimizer, report = torch.optim.AdamW([x], lr=lr[0], weight_decay=0.0), Report()

@@ -19,9 +19,9 @@ import fastvmt
 from benchmarks.common import Bench, parser
 from benchmarks.gradient import Step
 from benchmarks.models import Size, random_dit, random_module
-from benchmarks.released import ReleasedGuide, released_optimise
+from benchmarks.released import ReleasedGuide, released_optimize
 from fastvmt import Guide, MotionConfig
-from skip_optim import optimise
+from skip_optim import optimize
 from wan_mini.flops import forward_flops, gradient_flops
 from wan_mini.load import Wan
 from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
@@ -65,7 +65,7 @@ def run_once(wan: Wan, config: MotionConfig, device: torch.device) -> dict[str, 
 def time_guided_steps(bench: Bench, wan: Wan) -> None:
     """A row for one guided step of each schedule: the reference's pass, then the updates."""
     step, c = Step(bench, wan.dit), bench.size.motion
-    ways = {"released": (ReleasedGuide, released_optimise), "ours": (Guide, optimise)}
+    ways = {"released": (ReleasedGuide, released_optimize), "ours": (Guide, optimize)}
     for name, (kind, function) in ways.items():
         guide = step.guide(kind)
 
@@ -84,7 +84,7 @@ def time_runs(bench: Bench, wan: Wan) -> None:
     run_once(wan, replace(c, steps=1), bench.device)
     ours, note = run_once(wan, c, bench.device), "measured"
     if bench.args.released:
-        with patch.multiple(fastvmt, Guide=ReleasedGuide, optimise=released_optimise):
+        with patch.multiple(fastvmt, Guide=ReleasedGuide, optimize=released_optimize):
             released = run_once(wan, c, bench.device)["whole"]
         bench.record("run, released guidance", **released, note=note)
     elif step := bench.rows["guided step, released"]["seconds"]:

@@ -1,4 +1,4 @@
-"""What all notebooks share: source code on show, time and memory of a call, figures that read in grey, small films."""
+"""What all notebooks share: source code on show, time and memory of a call, figures that read in gray, small films."""
 
 import inspect
 import io
@@ -20,7 +20,7 @@ plt.rcParams |= {
     "axes.grid": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    # Lines differ in darkness and in dash, so that they do without colour.
+    # Lines differ in darkness and in dash, so that they do without color.
     "axes.prop_cycle": plt.cycler(color=["black", "#7a7a7a", "#1f5fa8", "#c06000"], linestyle=["-", "--", "-.", ":"]),
 }
 
@@ -56,15 +56,15 @@ def compare(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, 
     return costs
 
 
-def film(clips: np.ndarray | Sequence[np.ndarray], fps: float = 16, every: int = 2, colours: int = 64) -> Shown:
+def film(clips: np.ndarray | Sequence[np.ndarray], fps: float = 16, every: int = 2, colors: int = 64) -> Shown:
     """Show clips (T,H,W,3) uint8 side by side, one frame in `every`, as an animated GIF (GitHub shows no WebP).
 
-    About 100 kB for 17 frames of 128x384; fewer colours make it smaller. (Pillow's usual way of choosing them goes by
-    area, and would give a small red disc the colour of something else.)
+    About 100 kB for 17 frames of 128x384; fewer colors make it smaller. (Pillow's usual way of choosing them goes by
+    area, and would give a small red disc the color of something else.)
     """
     frames = np.concatenate([clips] if isinstance(clips, np.ndarray) else list(clips), axis=2)[::every]
     palette = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
-    pictures = [Image.fromarray(frame).quantize(colours, **palette) for frame in frames]
+    pictures = [Image.fromarray(frame).quantize(colors, **palette) for frame in frames]
     data = io.BytesIO()
     options = {"append_images": pictures[1:], "duration": round(1000 * every / fps), "loop": 0}
     pictures[0].save(data, "GIF", save_all=True, **options)

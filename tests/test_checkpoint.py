@@ -52,6 +52,6 @@ def test_motion_transfer_gives_the_stored_figures(tmp_path):
         for path in (ROOT / "benchmarks/evaluation.csv", now)
     )
     assert len(again) == 4 and again.keys() <= stored.keys()
-    for name, limit in {"correlation": 0.1, "error_px": 4.0, "colour_ok": 0.26, "gradients": 0.0}.items():
+    for name, limit in {"correlation": 0.1, "error_px": 4.0, "color_ok": 0.26, "gradients": 0.0}.items():
         means = [np.mean([float(rows[clip][name]) for clip in again]) for rows in (stored, again)]
         assert abs(means[0] - means[1]) <= limit, (name, means)

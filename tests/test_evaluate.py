@@ -42,7 +42,7 @@ def noisy(frames: np.ndarray, sigma: float) -> np.ndarray:
     return (frames + noise).round().clip(0, 255).astype(np.uint8)
 
 
-def centre_of(clip: Clip, number: int) -> np.ndarray:
+def center_of(clip: Clip, number: int) -> np.ndarray:
     row, column = clip.tracks[clip.owners == number][0].T
     return column + 1j * row
 
@@ -125,7 +125,7 @@ def test_lost_points_stay_where_they_were():
 
 @pytest.mark.parametrize("spoil", ["clean", "blurred", "noisy"])
 def test_oracle_reads_real_clips(spoil):
-    """At least 99 % of shapes, colours and backgrounds; and as much after the blur and grain of a small VAE."""
+    """At least 99 % of shapes, colors and backgrounds; and as much after the blur and grain of a small VAE."""
     change = {"clean": lambda x: x, "blurred": lambda x: blurred(x, 3), "noisy": lambda x: noisy(x, 8)}[spoil]
     rows = []
     for number, kind in clip_seeds(1, 60):
@@ -138,20 +138,20 @@ def test_oracle_reads_real_clips(spoil):
 def test_oracle_sees_what_is_wrong():
     clip, scene, frames = copied(3, "several")
     labels = measure.label(frames)
-    assert measure.read_scene(frames, labels, scene)[1] == {"colour_ok": 1, "background_ok": 1, "shape_ok": 1}
-    assert measure.read_scene(frames, labels, clip)[1] == {"colour_ok": 0, "background_ok": 0, "shape_ok": 0}
+    assert measure.read_scene(frames, labels, scene)[1] == {"color_ok": 1, "background_ok": 1, "shape_ok": 1}
+    assert measure.read_scene(frames, labels, clip)[1] == {"color_ok": 0, "background_ok": 0, "shape_ok": 0}
     (one, red), (two, blue), *rest = scene.objects
-    swapped = replace(scene, objects=((one, blue), (two, red), *rest))  # all there, but in each other's colour
-    assert measure.read_scene(frames, labels, swapped)[1] == {"colour_ok": 1, "background_ok": 1, "shape_ok": 0}
-    grey = np.full_like(frames, 150)
-    assert measure.read_scene(grey, measure.label(grey), scene) == (
+    swapped = replace(scene, objects=((one, blue), (two, red), *rest))  # all there, but in each other's color
+    assert measure.read_scene(frames, labels, swapped)[1] == {"color_ok": 1, "background_ok": 1, "shape_ok": 0}
+    gray = np.full_like(frames, 150)
+    assert measure.read_scene(gray, measure.label(gray), scene) == (
         (("", ""),) * len(scene.objects),
-        {"colour_ok": 0, "background_ok": scene.background == "tiles", "shape_ok": 0},
+        {"color_ok": 0, "background_ok": scene.background == "tiles", "shape_ok": 0},
     )
 
 
 @pytest.mark.parametrize("kind", ["single", "several", "articulated"])
-def test_tracker_finds_centres(kind):
+def test_tracker_finds_centers(kind):
     """Within a pixel of the truth on average, and where objects hide each other not much more."""
     errors = []
     for number in range(20):
@@ -160,7 +160,7 @@ def test_tracker_finds_centres(kind):
         found = measure.found_tracks(clip.frames, labels, clip.objects, np.empty(0))
         for place, (shape, _) in enumerate(clip.objects):
             if shape in SHAPES:
-                errors.append(np.abs(found[place] - centre_of(clip, place)).mean())
+                errors.append(np.abs(found[place] - center_of(clip, place)).mean())
     assert np.mean(errors) < 0.5
     assert max(errors) < 4
 
@@ -187,10 +187,10 @@ def test_a_perfect_method_and_spoilt_ones(kind):
         assert full["direction"] > 0.93
         assert full["fidelity"] > 0.88
         assert full["error_px"] < 1.5
-        assert (full["colour_ok"], full["background_ok"], full["shape_ok"], full["leak"]) == (1, 1, 1, 0)
+        assert (full["color_ok"], full["background_ok"], full["shape_ok"], full["leak"]) == (1, 1, 1, 0)
     still = score(np.repeat(frames[:1], len(frames), axis=0), clip, scene)
     assert abs(still["correlation"]) < 0.05
-    assert (still["direction"], still["fidelity"], still["colour_ok"]) == (pytest.approx(0, abs=0.01), 0, 1)
+    assert (still["direction"], still["fidelity"], still["color_ok"]) == (pytest.approx(0, abs=0.01), 0, 1)
     order = np.random.default_rng(0).permutation(len(frames))
     shuffled = score(frames[order], clip, scene)
     for name in ("correlation", "direction", "fidelity"):
@@ -198,7 +198,7 @@ def test_a_perfect_method_and_spoilt_ones(kind):
     assert shuffled["error_px"] > full["error_px"] + 5
     own = score(clip.frames, clip, scene)  # the clip itself: its motion, and its looks
     assert own["correlation"] > 0.97
-    assert (own["colour_ok"], own["background_ok"], own["leak"]) == (0, 0, bool(clip.objects))
+    assert (own["color_ok"], own["background_ok"], own["leak"]) == (0, 0, bool(clip.objects))
 
 
 def test_limb_is_followed_beside_its_body():
@@ -209,7 +209,7 @@ def test_limb_is_followed_beside_its_body():
     stiff = true.copy()
     stiff[1:] = true[1:, :1]
     assert correlation(stiff, true) == pytest.approx([1, 0, 0])
-    assert true[0] == pytest.approx(centre_of(clip, 0))
+    assert true[0] == pytest.approx(center_of(clip, 0))
 
 
 def test_noise_and_darkness_are_measured_too():
@@ -240,7 +240,7 @@ def test_rows_and_table(tmp_path):
         lines = list(csv.reader(file))
     assert lines[0] == list(COLUMNS)
     assert ",".join(COLUMNS) == (
-        "clip,kind,setting,correlation,error_px,direction,fidelity,colour_ok,background_ok,shape_ok,leak,gradients,seconds"
+        "clip,kind,setting,correlation,error_px,direction,fidelity,color_ok,background_ok,shape_ok,leak,gradients,seconds"
     )
     assert [line[1:3] for line in lines[1:]] == [[k, s] for k in KINDS[:2] for s in ("none", "windowed")]
     assert lines[2][7:12] == ["1", "1", "1", "0", "4"]
@@ -284,10 +284,10 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     assert [row["setting"] for row in rows] == ["none", "block=1", "tau=5 lr=0.1,0.2"]
     assert "1 train clips of seed 0" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--vary needs NAME=VALUE"):
-        evaluate.program([*flags, "--vary", "colour=red"])
+        evaluate.program([*flags, "--vary", "color=red"])
     with pytest.raises(ValueError, match="--settings none,nine.*choose from none,dense,windowed"):
         evaluate.program([*flags, "--settings", "none,nine"])
 
 
 def test_oracle_is_right_on_the_stream_it_prints():
-    assert all(row["colour_ok"] and row["shape_ok"] and row["background_ok"] for row in oracle_accuracy(0, 8))
+    assert all(row["color_ok"] and row["shape_ok"] and row["background_ok"] for row in oracle_accuracy(0, 8))

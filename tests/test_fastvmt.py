@@ -57,7 +57,7 @@ def test_defaults_are_the_papers():
         ("lr", (-1.0, 0.1), "at least 0 and finite"),
         ("height", 8, "at least 16"),
         ("frames", 1, "at least 5"),
-        ("centre_kind", "mean", "one of argmax, soft, got mean"),
+        ("center_kind", "mean", "one of argmax, soft, got mean"),
     ):
         with pytest.raises(ValueError, match=f"{name} must be .*{message}"):
             replace(c, **{name: value})
@@ -99,11 +99,11 @@ def test_without_guidance_it_is_plain_generation(wan, clip):
 
 
 @pytest.mark.parametrize("reference", ["noised", "clean"])
-@pytest.mark.parametrize("centres", ["ref0", "ref", "own"])
-def test_the_loss_is_the_papers(wan, clip, centres, reference):
+@pytest.mark.parametrize("centers", ["ref0", "ref", "own"])
+def test_the_loss_is_the_papers(wan, clip, centers, reference):
     """Guide's loss against the loops of the notebooks, from queries and keys up; value and gradient to the latents."""
     loops, losses = naive("07_tiles_and_windows"), naive("08_losses")
-    config = replace(SMALL, centres=centres, reference=reference)
+    config = replace(SMALL, centers=centers, reference=reference)
     text, null = encode_prompts(wan, ["a ball", ""], CPU)
     z, noise, x = (torch.randn(1, 16, 3, 8, 12) for _ in range(3))
     t, noised, grid = torch.tensor(800.0), 0.2 * z + 0.8 * noise, (3, 4, 6)
@@ -118,11 +118,11 @@ def test_the_loss_is_the_papers(wan, clip, centres, reference):
 
     clean, gen = qk(z, torch.zeros(1), null), qk(x, t, text)
     ref = {"noised": qk(noised, t, null), "clean": clean}[reference]
-    source = {"ref0": (clean, clean), "ref": (ref, ref), "own": (ref, gen)}[centres]
-    ref_centres, gen_centres = (loops.tile_centres(*pair, grid, pairs, config.tile) for pair in source)
+    source = {"ref0": (clean, clean), "ref": (ref, ref), "own": (ref, gen)}[centers]
+    ref_centers, gen_centers = (loops.tile_centers(*pair, grid, pairs, config.tile) for pair in source)
     options = (grid, pairs, config.tau, config.tile, config.window)
-    flow_ref, _ = loops.windowed_amf(*ref, *options, ref_centres)
-    flow_gen, windows = loops.windowed_amf(*gen, *options, gen_centres)
+    flow_ref, _ = loops.windowed_amf(*ref, *options, ref_centers)
+    flow_gen, windows = loops.windowed_amf(*gen, *options, gen_centers)
     slow = 5 * losses.amf_loss(flow_ref.detach(), flow_gen, pairs, config.span, config.alpha)
     slow = slow + losses.window_loss(gen[1], grid, pairs, windows)
     torch.testing.assert_close(ours, slow, rtol=1e-4, atol=1e-5)
@@ -372,7 +372,7 @@ def test_blocks_are_compiled_on_request(folder, tmp_path, clip, capsys, monkeypa
 
 
 def test_every_knob_can_be_set(capsys):
-    knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 centres=own lr=0.01,0.005"
+    knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 centers=own lr=0.01,0.005"
     assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", "span=2", "--set", *knobs.split()]) == 0
     assert "tiles 2x5" in (out := capsys.readouterr().out) and "block 7 of 40, 39 pairs" in out.replace("frame ", "")
 
@@ -474,7 +474,7 @@ def test_bad_requests(folder, tmp_path, capsys):
     expect(capsys, tmp_path, [*good, "--set", "alpha=0.1", "--set", "tau=0"], "tau must be above 0, got 0")
     expect(capsys, tmp_path, good[:4], "a transfer needs --ref CLIP and --prompt TEXT")
     expect(capsys, tmp_path, [*good, "--set", "window=wide"], "--set window needs a value like 21, got wide")
-    expect(capsys, tmp_path, [*good, "--set", "colour=red"], "--set needs NAME=VALUE with one of height, width")
+    expect(capsys, tmp_path, [*good, "--set", "color=red"], "--set needs NAME=VALUE with one of height, width")
     expect(capsys, tmp_path, [*good, "--set", "tile=3"], "--set tile needs a value like (3, 4), got 3")
     expect(capsys, tmp_path, [*good, "--amf", "sparse"], "amf must be one of windowed, dense, none, got sparse")
     expect(capsys, tmp_path, [*good, "--set", "block=6"], "block must be in 0..5, got 6")

@@ -67,5 +67,5 @@ def test_activation_bytes(width, recompute):
         events = [event.nbytes() for event in log.profiler.kineto_results.events() if event.name() == "[memory]"]
         return held and sum(events)
 
-    modelled = [flops.activation_bytes(SMALL, TOKENS, block, width, recompute) for block in (1, 3)]
-    assert kept(3) - kept(1) == pytest.approx(modelled[1] - modelled[0], rel=0.02)
+    modeled = [flops.activation_bytes(SMALL, TOKENS, block, width, recompute) for block in (1, 3)]
+    assert kept(3) - kept(1) == pytest.approx(modeled[1] - modeled[0], rel=0.02)

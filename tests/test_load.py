@@ -42,7 +42,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def randomise(module: torch.nn.Module) -> torch.nn.Module:
+def randomize(module: torch.nn.Module) -> torch.nn.Module:
     """Weights that are neither zero nor one anywhere, so that no two tensors can be exchanged unnoticed."""
     for name, parameter in module.named_parameters():
         gain = parameter.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
@@ -62,7 +62,7 @@ def reference() -> dict[str, torch.nn.Module]:
     vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 2, 2, 3], num_res_blocks=1, **statistics)
     sizes = {"vocab_size": 61, "d_model": 24, "d_kv": 6, "num_heads": 5, "d_ff": 40, "num_layers": 3}
     t5 = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
-    modules = {"dit": randomise(dit), "vae": randomise(vae), "text_encoder": randomise(t5)}
+    modules = {"dit": randomize(dit), "vae": randomize(vae), "text_encoder": randomize(t5)}
     vae.decoder.conv_out.weight.data *= 0.01  # Diffusers clamps what it decodes: stay inside [-1, 1]
     vae.decoder.conv_out.bias.data *= 0.01
     return modules
@@ -265,8 +265,8 @@ def test_a_single_file_loads_like_its_folder(folders):
     assert run("dit", load_one("dit", file))[0].equal(run("dit", load_one("dit", folders["comfy"]))[0])
 
 
-def test_the_tiny_preset_is_recognised(tmp_path):
-    modules = [randomise(WanDiT(TINY)), randomise(WanVAE(TINY_VAE)), randomise(UMT5Encoder(TINY_UMT5))]
+def test_the_tiny_preset_is_recognized(tmp_path):
+    modules = [randomize(WanDiT(TINY)), randomize(WanVAE(TINY_VAE)), randomize(UMT5Encoder(TINY_UMT5))]
     load.save_wan(tmp_path / "tiny", *modules, write_tokenizer(tmp_path / "tokenizer.json"))
     wan = load.load_wan(tmp_path / "tiny", **FP32)
     assert wan.name == "tiny"

@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from wan_mini.tiny.muon import MOMENTUM, Muon, orthogonalised, split_parameters
+from wan_mini.tiny.muon import MOMENTUM, Muon, orthogonalized, split_parameters
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 6), (64, 64)])
-def test_orthogonalised_keeps_the_directions(shape):
+def test_orthogonalized_keeps_the_directions(shape):
     matrix = torch.randn(shape)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    ours = orthogonalised(1000 * matrix)  # no matter how large
+    ours = orthogonalized(1000 * matrix)  # no matter how large
     inside = u.mT @ ours @ vh.mT  # diagonal if the singular vectors are kept
     off_diagonal = inside - torch.diag(inside.diagonal())
     assert off_diagonal.abs().max() < 0.01
@@ -20,7 +20,7 @@ def test_orthogonalised_keeps_the_directions(shape):
 
 
 def test_zero_stays_zero():
-    assert torch.equal(orthogonalised(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
 
 
 def test_step_follows_the_formula():
@@ -32,7 +32,7 @@ def test_step_follows_the_formula():
         muon.step()
         average = MOMENTUM * average + (1 - MOMENTUM) * gradient
         ahead = (1 - MOMENTUM) * gradient + MOMENTUM * average
-        update = orthogonalised(ahead.reshape(6, 4)).reshape(6, 2, 1, 2)
+        update = orthogonalized(ahead.reshape(6, 4)).reshape(6, 2, 1, 2)
         expected = expected - 0.1 * (6 / 4) ** 0.5 * update  # more outputs than inputs: a longer step
     assert torch.allclose(weight, expected, atol=1e-6)
 
@@ -44,7 +44,7 @@ def test_a_weight_without_gradient_stays():
     assert torch.equal(weight, before)
 
 
-def test_every_parameter_has_one_optimiser():
+def test_every_parameter_has_one_optimizer():
     model = nn.ModuleList(
         [nn.Linear(2, 3), nn.Conv3d(2, 3, 1), nn.Conv2d(2, 2, 3), nn.Embedding(4, 2), nn.LayerNorm(2)]
     )

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from wan_mini.tiny.parts import ANSWERS, FIGURES, LATENT, near_sprites, parts_loss, reader, stream_after, true_parts
-from wan_mini.tiny.world import COLOURS, FRAMES, KINDS, SHAPES, VIVID, make_clip, set_stage
+from wan_mini.tiny.world import COLORS, FRAMES, KINDS, SHAPES, VIVID, make_clip, set_stage
 
 ROWS, COLUMNS = 8, 12
 
@@ -16,17 +16,17 @@ def seeds_of(kind: str, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_part_points_at_the_centre_of_its_figure(kind):
-    """From the token's middle, so many sizes away, lies the centre of a sprite of that figure and colour."""
+def test_every_part_points_at_the_center_of_its_figure(kind):
+    """From the token's middle, so many sizes away, lies the center of a sprite of that figure and color."""
     found = 0
     for seed in seeds_of(kind, 6):
         stage, times = set_stage(seed), [0, 13, FRAMES - 1]
         parts = true_parts(seed, times).reshape(len(times), ROWS, COLUMNS, 5)
         for t, row, column in zip(*np.nonzero(parts[..., 0])):
-            number, colour, right, down, size = parts[t, row, column]
-            names = FIGURES[int(number) - 1], [*COLOURS][int(colour) - 1]
+            number, color, right, down, size = parts[t, row, column]
+            names = FIGURES[int(number) - 1], [*COLORS][int(color) - 1]
             at = 16 * (column + 1j * row) + 7.5 + 7.5j + 16 * size * (right + 1j * down)
-            same = [s for s in stage.sprites if s.shape is names[0] and s.colour == names[1]]
+            same = [s for s in stage.sprites if s.shape is names[0] and s.color == names[1]]
             assert min(abs(s.pose.shift[times[t]] - at) for s in same) < 1e-3
             assert any(abs(abs(s.pose.turn[times[t]]) - 16 * size) < 1e-3 for s in same)
             found += 1
@@ -62,17 +62,17 @@ def test_the_loss_by_hand():
     """Three tokens: a part of figure 2, none, a part of figure 7."""
     guess = torch.randn(1, 3, 1 + 7 + 6 + 3, generator=torch.Generator().manual_seed(0))
     parts = torch.tensor([[[2.0, 3.0, 0.5, -0.5, 1.0], [0] * 5, [7.0, 1.0, 0.0, 1.0, 1.5]]])
-    figure, colour = guess[0, :, :8].log_softmax(-1), guess[0, :, 8:14].log_softmax(-1)
+    figure, color = guess[0, :, :8].log_softmax(-1), guess[0, :, 8:14].log_softmax(-1)
     off = [(guess[0, n, 14:] - parts[0, n, 2:]).abs().mean() for n in (0, 2)]
-    right = figure[0, 2] + figure[2, 7] + colour[0, 2] + colour[2, 0]
+    right = figure[0, 2] + figure[2, 7] + color[0, 2] + color[2, 0]
     wanted = -right / 2 + 2 * (off[0] + off[1]) / 2 - 0.5 * figure[1, 0]
     assert parts_loss(guess, parts).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def answers(parts: torch.Tensor) -> torch.Tensor:
     """The answers of a reader that knows the parts, as ones and zeros and places."""
-    figure, colour = parts[..., 0].long(), (parts[..., 1].long() - 1).clamp(0)
-    return torch.cat([torch.eye(ANSWERS[0])[figure], torch.eye(ANSWERS[1])[colour], parts[..., 2:]], dim=-1)
+    figure, color = parts[..., 0].long(), (parts[..., 1].long() - 1).clamp(0)
+    return torch.cat([torch.eye(ANSWERS[0])[figure], torch.eye(ANSWERS[1])[color], parts[..., 2:]], dim=-1)
 
 
 def test_the_truth_costs_nothing():

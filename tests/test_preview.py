@@ -8,7 +8,7 @@ from wan_mini.preview import CAPTION, draw_arrow, side_by_side, with_arrows
 
 
 def changed(picture: np.ndarray) -> np.ndarray:
-    """Rows and columns (n, 2) of the pixels that are not grey any more."""
+    """Rows and columns (n, 2) of the pixels that are not gray any more."""
     return np.argwhere((picture != 128).any(-1))
 
 

@@ -58,7 +58,7 @@ def random_texts(count: int, seed: int) -> list[str]:
 
 
 def train(byte_fallback: bool) -> sentencepiece_model_pb2.ModelProto:
-    """A small unigram model with sentencepiece's own normaliser (its default, nmt_nfkc), trained in a moment."""
+    """A small unigram model with sentencepiece's own normalizer (its default, nmt_nfkc), trained in a moment."""
     rng, written = random.Random(0), io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(" ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for _ in range(2000)),
@@ -88,7 +88,7 @@ def t5_file(proto, path, form: str) -> tokenizers.Tokenizer:
     one_space = normalizers.Replace(Regex(" {2,}"), " ")
     one_mark = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
     mark, bare = pre_tokenizers.Metaspace(), pre_tokenizers.Metaspace(prepend_scheme="never")
-    normaliser, pre_tokeniser = {
+    normalizer, pre_tokenizer = {
         "charsmap": (charsmap, mark),
         "umt5": (normalizers.Sequence([one_space]), mark),
         "one space": (normalizers.Sequence([charsmap, one_space]), mark),
@@ -99,10 +99,10 @@ def t5_file(proto, path, form: str) -> tokenizers.Tokenizer:
     extra = [f"<extra_id_{index}>" for index in reversed(range(20))]
     vocab = [(piece.piece, piece.score) for piece in proto.pieces] + [(piece, 0.0) for piece in extra]
     truth = tokenizers.Tokenizer(models.Unigram(vocab, 2, proto.trainer_spec.byte_fallback))
-    if normaliser:
-        truth.normalizer = normaliser
-    truth.pre_tokenizer = pre_tokeniser
-    truth.decoder = decoders.Metaspace(prepend_scheme="never" if pre_tokeniser is bare else "always")
+    if normalizer:
+        truth.normalizer = normalizer
+    truth.pre_tokenizer = pre_tokenizer
+    truth.decoder = decoders.Metaspace(prepend_scheme="never" if pre_tokenizer is bare else "always")
     truth.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
     strips = form == "no prefix"  # as the slow T5Tokenizer declares its extra ids
     special = [
@@ -140,7 +140,7 @@ def test_ids_equal_sentencepiece_on_plain_prompts(proto, tmp_path):
         assert ours.encode(prompt) == [*truth.encode(prompt), 1]
 
 
-def test_normaliser_on_every_character():
+def test_normalizer_on_every_character():
     """Every character of the basic plane but Han, Hangul and private use, where clusters begin and end."""
     charsmap = train(byte_fallback=False).normalizer_spec.precompiled_charsmap
     truth, ours = normalizers.Precompiled(charsmap), _CharsMap(charsmap)
@@ -179,7 +179,7 @@ def spec(vocab: dict[str, float] | None = None, **changes) -> dict:
         # an unknown "b" scores min - 10 = -22: "aa" + "b" at -13.5 beats "a" + "ab" at -14, at -14.5 it does not
         ({"▁": -1, "a": -2, "ab": -12, "aa": 8.5}, "aab", ["▁", "aa", "<unk>"]),
         ({"▁": -1, "a": -2, "ab": -12, "aa": 7.5}, "aab", ["▁", "a", "ab"]),
-        # unknown neighbours share one id
+        # unknown neighbors share one id
         ({"▁": -1, "a": -4}, "a☃☃a ☃", ["▁", "a", "<unk>", "a", "▁", "<unk>"]),
         # added tokens are cut out first; the text between them gets a prefix unless it begins with a space
         ({"▁": -1, "a": -2}, "a <pad> a</s>a", ["▁", "a", "▁", "<pad>", "▁", "a", "</s>", "▁", "a"]),
@@ -285,8 +285,8 @@ def test_charsmap_by_hand():
     replacements = b"-" * 0x142 + b"\0ab\0"
     blob = (1024).to_bytes(4, "little") + b"".join(unit.to_bytes(4, "little") for unit in trie) + replacements
     assert _CharsMap(blob)("BACA\u0301\0") == "BabCab\0"  # "A" and its accent are one cluster, replaced whole
-    normaliser = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(blob).decode()}
-    assert Tokenizer(spec({"▁": -1.0, "a": -1.0, "b": -1.0}, normalizer=normaliser)).encode("A") == [3, 4, 5, 1]
+    normalizer = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(blob).decode()}
+    assert Tokenizer(spec({"▁": -1.0, "a": -1.0, "b": -1.0}, normalizer=normalizer)).encode("A") == [3, 4, 5, 1]
 
 
 @pytest.mark.parametrize(

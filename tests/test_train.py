@@ -295,7 +295,7 @@ def test_the_checkpoint_loads_and_is_the_average(whole):
     assert (wan.dit.config, wan.text_encoder.config) == (DIT, TEXT)
 
 
-def test_the_latents_are_normalised(whole, small_world):
+def test_the_latents_are_normalized(whole, small_world):
     wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
     [frames], _ = small_world(None, "", 4, lambda frames: frames)
     latents = train.encode(wan.vae, torch.device("cpu"), frames).astype(np.float32)
@@ -450,7 +450,7 @@ def tokenizer(captions) -> Tokenizer:
 
 def test_one_piece_a_word(tokenizer, captions):
     nouns = [noun for thing in (*world.SHAPES.values(), *world.GROUNDS.values()) for noun in thing[-1]]
-    for text in [*captions, *map(train.casual, captions), *world.COLOURS, *nouns]:
+    for text in [*captions, *map(train.casual, captions), *world.COLORS, *nouns]:
         ids = tokenizer.encode(text)
         assert len(ids) == len(re.findall(r"\w+|[.,]", text)) + 1, text
         assert tokenizer.decode(ids) == text

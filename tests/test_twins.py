@@ -412,25 +412,25 @@ def test_dense_amf(grid):
     same(slow, flow, [case.q, case.k], limit=1e-11)
 
 
-@twin("window.tile_centres")
+@twin("window.tile_centers")
 @GRIDS
 @pytest.mark.parametrize("kind", ["argmax", "soft"])
-def test_tile_centres(grid, kind):
+def test_tile_centers(grid, kind):
     case = Motion(grid)
-    centres = window.tile_centres(*case.inputs, kind=kind, tau=1.5)
-    same(case.loops.tile_centres(*case.inputs, (3, 4), kind, 1.5), centres, limit=1e-11)
-    assert not centres.requires_grad  # Eq. 4 has no gradient, and of Eq. 2 none is wanted
+    centers = window.tile_centers(*case.inputs, kind=kind, tau=1.5)
+    same(case.loops.tile_centers(*case.inputs, (3, 4), kind, 1.5), centers, limit=1e-11)
+    assert not centers.requires_grad  # Eq. 4 has no gradient, and of Eq. 2 none is wanted
 
 
 @twin("window.place_windows")
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 30])
 def test_place_windows(size):
-    """Centres between tokens are rounded half up; at the border the window is shifted into the frame."""
+    """Centers between tokens are rounded half up; at the border the window is shifted into the frame."""
     grid, loops = (1, 7, 9), naive("07_tiles_and_windows")
-    centres = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
-    centres[:2] = torch.tensor([[2.5, 3.5], [3.5, 4.5]])
-    wanted = [loops.window_keys(centre, grid, size) for centre in centres]
-    assert window.place_windows(centres, grid, size).tolist() == wanted
+    centers = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
+    centers[:2] = torch.tensor([[2.5, 3.5], [3.5, 4.5]])
+    wanted = [loops.window_keys(center, grid, size) for center in centers]
+    assert window.place_windows(centers, grid, size).tolist() == wanted
 
 
 @twin("window.windowed_amf")
@@ -438,8 +438,8 @@ def test_place_windows(size):
 @pytest.mark.parametrize("size", [1, 4, 7])
 def test_windowed_amf(grid, size):
     case = Motion(grid)
-    centres = case.loops.tile_centres(*case.inputs, (3, 4))
-    slow, slow_windows = case.loops.windowed_amf(*case.inputs, 3.0, (3, 4), size, centres)
+    centers = case.loops.tile_centers(*case.inputs, (3, 4))
+    slow, slow_windows = case.loops.windowed_amf(*case.inputs, 3.0, (3, 4), size, centers)
     flow, windows = window.windowed_amf(*case.inputs, tau=3.0, window=size)
     assert torch.equal(windows, slow_windows)
     same(slow, flow, [case.q, case.k], limit=1e-11)
@@ -471,9 +471,9 @@ def test_losses(frames, span):
 # 09: skip_optim.py
 
 
-@twin("skip_optim.optimise", "skip_optim.Report")
+@twin("skip_optim.optimize", "skip_optim.Report")
 @pytest.mark.parametrize(("steps", "interval"), [(10, 3), (10, 1), (1, 1), (7, 2), (4, 9)])
-def test_optimise(steps, interval):
+def test_optimize(steps, interval):
     loops, (x, target), calls = naive("09_gradient_reuse"), torch.randn(2, 3, 4), []
 
     def loss(x: Tensor) -> Tensor:
@@ -483,9 +483,9 @@ def test_optimise(steps, interval):
     def gradient(x: Tensor) -> Tensor:
         return 4 * (x - target) ** 3 + 3 * torch.cos(3 * x)
 
-    ours, report = skip_optim.optimise(x, loss, steps=steps, interval=interval, lr=(0.02, 0.01))
+    ours, report = skip_optim.optimize(x, loss, steps=steps, interval=interval, lr=(0.02, 0.01))
     assert report.gradients == len(calls) == -(-steps // interval)
-    same(loops.optimise(x, gradient, steps, interval, (0.02, 0.01)), ours)
+    same(loops.optimize(x, gradient, steps, interval, (0.02, 0.01)), ours)
     assert report.losses == pytest.approx(loops.report(x, loss, gradient, steps, interval, (0.02, 0.01)), rel=1e-5)
 
 

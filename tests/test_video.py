@@ -23,7 +23,7 @@ from wan_mini.video import (
 
 
 def moving_square(frames=17, height=64, width=96):
-    """A light square that walks right and down over a colour gradient: (T, H, W, 3) uint8."""
+    """A light square that walks right and down over a color gradient: (T, H, W, 3) uint8."""
     rows, columns = np.mgrid[:height, :width]
     still = np.stack([rows * 255 / height, columns * 255 / width, np.full_like(rows, 90.0)], -1)
     clip = np.repeat(still[None], frames, 0).astype(np.uint8)  # (H, W, 3) -> (T, H, W, 3)
@@ -33,7 +33,7 @@ def moving_square(frames=17, height=64, width=96):
 
 
 def levels(values, height=32, width=32):
-    """One flat grey frame per value, which makes a frame's number readable from its pixels."""
+    """One flat gray frame per value, which makes a frame's number readable from its pixels."""
     return np.broadcast_to(np.array(values, np.uint8)[:, None, None, None], (len(values), height, width, 3)).copy()
 
 
@@ -148,12 +148,12 @@ def test_resize_keeps_the_aspect_and_the_middle_of_a_gradient(tmp_path):
 
 def test_shrinking_is_antialiased(tmp_path):
     stripes = levels([0] * 5, 128, 128)
-    stripes[:, :, ::2] = 255  # the finest pattern there is must become its mean, not one of its two colours
+    stripes[:, :, ::2] = 255  # the finest pattern there is must become its mean, not one of its two colors
     small = read_video(save_folder(tmp_path / "frames", stripes), size=(32, 32))
     assert np.abs(small[:, :, 4:-4].astype(int) - 128).max() <= 4
 
 
-def test_alpha_palette_grey_and_exif_become_upright_rgb(tmp_path):
+def test_alpha_palette_gray_and_exif_become_upright_rgb(tmp_path):
     folder = tmp_path / "frames"
     folder.mkdir()
     base = Image.fromarray(moving_square(1, 32, 32)[0])
@@ -166,7 +166,7 @@ def test_alpha_palette_grey_and_exif_become_upright_rgb(tmp_path):
     picture = Image.new("RGB", (32, 32))
     picture.paste((255, 255, 255), (0, 0, 32, 8))  # a bar at the stored top belongs to the shown right
     picture.save(folder / "4.jpg", exif=turned, quality=95)
-    Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)).save(folder / "5.png")  # 16-bit grey, as depth maps are
+    Image.fromarray(np.full((32, 32), 100 * 257, np.uint16)).save(folder / "5.png")  # 16-bit gray, as depth maps are
     for i in range(6, 9):
         base.save(folder / f"{i}.png")
     clip = read_video(folder)
@@ -228,7 +228,7 @@ def test_webp_at_16_fps_alternates_62_and_63_ms(tmp_path):
     assert durations == [62, 63, 62, 63, 62, 63, 62, 63, 62]
 
 
-def test_equal_neighbours_survive_the_round_trip(tmp_path):
+def test_equal_neighbors_survive_the_round_trip(tmp_path):
     values = [0, 0, 0, 60, 60, 120, 180, 180, 180, 180, 180, 60, 0]
     path = write_video(tmp_path / "clip.webp", levels(values), 16)
     with Image.open(path) as image:
@@ -246,7 +246,7 @@ def test_webp_metadata_round_trip(tmp_path):
 # films
 
 
-def test_mp4_round_trip_keeps_frames_and_colours(tmp_path):
+def test_mp4_round_trip_keeps_frames_and_colors(tmp_path):
     clip = moving_square(17)
     path = mp4_or_hint(
         tmp_path / "new folder" / "it's a clip.mp4" if shutil.which("ffmpeg") else tmp_path / "a.mp4", clip
@@ -260,9 +260,9 @@ def test_mp4_round_trip_keeps_frames_and_colours(tmp_path):
         assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_mp4_colours_stay_true(tmp_path):
-    colours = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 90), (250, 250, 10)], np.uint8)
-    clip = np.broadcast_to(colours[:, None, None], (5, 736, 64, 3))  # tall enough for a player to guess HD
+def test_mp4_colors_stay_true(tmp_path):
+    colors = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (10, 200, 90), (250, 250, 10)], np.uint8)
+    clip = np.broadcast_to(colors[:, None, None], (5, 736, 64, 3))  # tall enough for a player to guess HD
     if path := mp4_or_hint(tmp_path / "clip.mp4", clip):
         assert np.abs(read_video(path).astype(int) - clip).max() <= 4
 

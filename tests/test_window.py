@@ -6,7 +6,7 @@ from naive import naive
 
 import window
 from benchmarks.common import logged_peak
-from window import dense_amf, frame_pairs, place_windows, tile_centres, windowed_amf
+from window import dense_amf, frame_pairs, place_windows, tile_centers, windowed_amf
 
 loops = naive("07_tiles_and_windows")
 
@@ -49,13 +49,13 @@ def test_any_chunk_size_and_pair_order_gives_the_same(monkeypatch):
     grid = (6, 4, 5)
     q, k = random_qk(grid)
     pairs = frame_pairs(6, 3)
-    centres = tile_centres(q, k, grid, pairs)
-    flow, windows = windowed_amf(q, k, grid, pairs, window=3, centres=centres)
+    centers = tile_centers(q, k, grid, pairs)
+    flow, windows = windowed_amf(q, k, grid, pairs, window=3, centers=centers)
     for limit in (1, 2 * 20 * 20 * 8):  # one pair a chunk, two pairs a chunk
         monkeypatch.setattr(window, "CHUNK_BYTES", limit)
-        assert_same(windowed_amf(q, k, grid, pairs, window=3, centres=centres)[0], flow, q, k)
+        assert_same(windowed_amf(q, k, grid, pairs, window=3, centers=centers)[0], flow, q, k)
     order = torch.randperm(len(pairs))
-    shuffled = windowed_amf(q, k, grid, [pairs[n] for n in order], window=3, centres=centres[order])
+    shuffled = windowed_amf(q, k, grid, [pairs[n] for n in order], window=3, centers=centers[order])
     assert_same(shuffled[0], flow[order], q, k)
     assert torch.equal(shuffled[1], windows[order])
 
@@ -119,14 +119,14 @@ def test_static_clip():
 
 
 @pytest.mark.parametrize("size", [1, 4, 21, 31, 60])
-def test_every_window_is_distinct_keys_in_the_frame_around_its_centre(size):
+def test_every_window_is_distinct_keys_in_the_frame_around_its_center(size):
     grid = (1, 30, 52)
-    centres = torch.stack(torch.meshgrid(torch.arange(30.0), torch.arange(52.0), indexing="ij"), -1).flatten(0, 1)
-    windows = place_windows(centres, grid, size)
+    centers = torch.stack(torch.meshgrid(torch.arange(30.0), torch.arange(52.0), indexing="ij"), -1).flatten(0, 1)
+    windows = place_windows(centers, grid, size)
     assert windows.shape == (1560, min(size, 30) * min(size, 52))
     assert windows.min() >= 0 and windows.max() < 1560
     assert (windows.sort(-1).values.diff(dim=-1) > 0).all()  # distinct
-    assert (windows == torch.arange(1560)[:, None]).any(-1).all()  # holds its centre
+    assert (windows == torch.arange(1560)[:, None]).any(-1).all()  # holds its center
 
 
 def test_uniform_attention_points_to_the_middle_of_the_window():
@@ -150,12 +150,12 @@ def test_sharp_attention_is_the_argmax_in_the_window():
             torch.testing.assert_close(flow[0, u], wanted)
 
 
-def test_gradient_with_centres_held_matches_finite_differences():
+def test_gradient_with_centers_held_matches_finite_differences():
     grid = (2, 3, 4)
     q, k = random_qk(grid, heads=1, width=2)
-    centres = tile_centres(q, k, grid, [(0, 1)], tile=(2, 2))
+    centers = tile_centers(q, k, grid, [(0, 1)], tile=(2, 2))
     assert torch.autograd.gradcheck(
-        lambda q, k: windowed_amf(q, k, grid, [(0, 1)], tile=(2, 2), window=2, centres=centres)[0], (q, k), atol=1e-8
+        lambda q, k: windowed_amf(q, k, grid, [(0, 1)], tile=(2, 2), window=2, centers=centers)[0], (q, k), atol=1e-8
     )
 
 
@@ -186,12 +186,12 @@ def test_errors_name_what_was_wanted():
     for pair in ((0, 2), (-1, 0), (5, 6)):
         with pytest.raises(ValueError, match=r"pairs must be frames in 0..1"):
             dense_amf(q, k, (2, 3, 4), [(0, 1), pair])
-    with pytest.raises(ValueError, match=r"centres must be \(1, 1, 2\) for tiles \(3, 4\), got \(1, 4, 2\)"):
-        windowed_amf(q, k, (2, 3, 4), [(0, 1)], centres=torch.zeros(1, 4, 2))
+    with pytest.raises(ValueError, match=r"centers must be \(1, 1, 2\) for tiles \(3, 4\), got \(1, 4, 2\)"):
+        windowed_amf(q, k, (2, 3, 4), [(0, 1)], centers=torch.zeros(1, 4, 2))
     with pytest.raises(ValueError, match=r"tile must be at least 1x1 tokens, got \(0, 1\)"):
-        tile_centres(q, k, (2, 3, 4), [(0, 1)], tile=(0, 1))
+        tile_centers(q, k, (2, 3, 4), [(0, 1)], tile=(0, 1))
     with pytest.raises(ValueError, match='must be "argmax" or "soft", got \'mean\''):
-        tile_centres(q, k, (2, 3, 4), [(0, 1)], kind="mean")
+        tile_centers(q, k, (2, 3, 4), [(0, 1)], kind="mean")
     with pytest.raises(ValueError, match="window must be at least 1 token, got 0"):
         windowed_amf(q, k, (2, 3, 4), [(0, 1)], window=0)
 

@@ -8,7 +8,7 @@ from wan_mini.config import TINY_UMT5
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.words import NOUNS, lexicon, spoken_pairs, word_reader, words_loss
-from wan_mini.tiny.world import COLOURS, KINDS, LIMBS, SHAPES, SPLITS, make_clip
+from wan_mini.tiny.world import COLORS, KINDS, LIMBS, SHAPES, SPLITS, make_clip
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 
@@ -23,14 +23,14 @@ def tokenizer() -> Tokenizer:
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pairs_of_a_caption_are_the_objects_of_its_scene(tokenizer, kind, split):
-    """Each is said twice, by its colour and by its noun, which stand side by side."""
+    """Each is said twice, by its color and by its noun, which stand side by side."""
     known, scenes = lexicon(tokenizer, TINY_UMT5.vocab), [make_clip(n, kind, split, frames=[]) for n in range(40)]
     for style in (str, casual):
         ids = token_table(tokenizer, [style(scene.caption) for scene in scenes])
         pairs = spoken_pairs(ids, known)
         assert pairs.shape == (*ids.shape, 2)
         for scene, row in zip(scenes, pairs.tolist()):
-            said = [(FIGURES[figure - 1], [*COLOURS][colour - 1]) for figure, colour in row if figure or colour]
+            said = [(FIGURES[figure - 1], [*COLORS][color - 1]) for figure, color in row if figure or color]
             assert said[::2] == said[1::2] == list(scene.objects)
 
 
@@ -47,17 +47,17 @@ def test_a_tokenizer_without_the_words_knows_none(tmp_path):
 
 
 def test_the_loss_by_hand():
-    """Four tokens, two of them words of pairs: figure 3 in colour 6, figure 8 in colour 1."""
+    """Four tokens, two of them words of pairs: figure 3 in color 6, figure 8 in color 1."""
     guess = torch.randn(1, 4, 8 + 6, generator=torch.Generator().manual_seed(0))
     pairs = torch.tensor([[[0, 0], [3, 6], [0, 0], [8, 1]]])
-    figure, colour = guess[0, :, :8].log_softmax(-1), guess[0, :, 8:].log_softmax(-1)
-    wanted = -(figure[1, 2] + colour[1, 5] + figure[3, 7] + colour[3, 0]) / 2
+    figure, color = guess[0, :, :8].log_softmax(-1), guess[0, :, 8:].log_softmax(-1)
+    wanted = -(figure[1, 2] + color[1, 5] + figure[3, 7] + color[3, 0]) / 2
     assert words_loss(guess, pairs).item() == pytest.approx(wanted.item(), rel=1e-5)
     assert words_loss(guess, torch.zeros_like(pairs)).item() == 0
 
 
 def test_a_new_encoder_learns_what_belongs_together(tokenizer):
-    """Of captions it has not seen, with two objects or three: 9 of 10 colours are those of their nouns."""
+    """Of captions it has not seen, with two objects or three: 9 of 10 colors are those of their nouns."""
     known = lexicon(tokenizer, TINY_UMT5.vocab)
     captions = [make_clip(seed, "several", frames=[]).caption for seed in range(500)]
     ids = token_table(tokenizer, captions)

@@ -9,7 +9,7 @@ import pytest
 
 from wan_mini.tiny import world
 from wan_mini.tiny.world import (
-    COLOURS,
+    COLORS,
     GROUNDS,
     HELD_OUT,
     KINDS,
@@ -47,14 +47,14 @@ def hue(rgb: np.ndarray) -> np.ndarray:
     return (rgb - low) / np.maximum(high - low, 1.0)
 
 
-def colours_in(pixels: np.ndarray) -> np.ndarray:
-    """(..., 3) levels -> (...) names: in vivid pixels the colour of the nearest hue, elsewhere ""."""
-    distances = np.linalg.norm(hue(pixels.astype(float))[..., None, :] - hue(np.array([*COLOURS.values()])), axis=-1)
-    return np.where(chroma(pixels) > VIVID, np.array([*COLOURS])[distances.argmin(-1)], "")
+def colors_in(pixels: np.ndarray) -> np.ndarray:
+    """(..., 3) levels -> (...) names: in vivid pixels the color of the nearest hue, elsewhere ""."""
+    distances = np.linalg.norm(hue(pixels.astype(float))[..., None, :] - hue(np.array([*COLORS.values()])), axis=-1)
+    return np.where(chroma(pixels) > VIVID, np.array([*COLORS])[distances.argmin(-1)], "")
 
 
 def ground_in(frame: np.ndarray) -> str:
-    """The ground whose middle colour is nearest; the night sky is nearly all of its dark one."""
+    """The ground whose middle color is nearest; the night sky is nearly all of its dark one."""
     median = np.median(frame[chroma(frame) < VIVID], axis=0)
     middle = {name: SHADE * np.mean(two[:2], axis=0) for name, two in GROUNDS.items()}
     middle["night sky"] = SHADE * np.average(GROUNDS["night sky"][:2], axis=0, weights=[0.9, 0.1])
@@ -127,7 +127,7 @@ def test_held_out_pairs_stay_out_of_training():
     pairs = {pair for clip in train for pair in [*clip.objects, *other_scene(clip).objects]}
     assert not pairs & HELD_OUT
     assert {shape for shape, _ in pairs} >= set(SHAPES)  # each word alone is trained on
-    assert {colour for _, colour in pairs} == set(COLOURS)
+    assert {color for _, color in pairs} == set(COLORS)
     assert len({pair for clip in held_out for pair in clip.objects} & HELD_OUT) >= 4
 
 
@@ -148,7 +148,7 @@ def test_captions_name_what_is_seen_and_never_motion():
         words = re.findall(r"[a-z]+", clip.caption.lower())
         assert not MOTION_WORDS.search(clip.caption), clip.caption
         assert any(noun in clip.caption.lower() for noun in GROUNDS[clip.background][-1])
-        assert sorted(w for w in words if w in COLOURS) == sorted(colour for _, colour in clip.objects)
+        assert sorted(w for w in words if w in COLORS) == sorted(color for _, color in clip.objects)
         for shape, _ in clip.objects:
             nouns = (shape,) if shape in LIMBS else SHAPES[shape].nouns
             assert any(noun in clip.caption for noun in nouns), clip.caption
@@ -169,7 +169,7 @@ def test_other_scene_differs_in_all_three():
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_centre_track_is_the_centroid_of_the_pixels(shape):
+def test_center_track_is_the_centroid_of_the_pixels(shape):
     seeds = (s for s in range(200) if make_clip(s, "single", "held-out", frames=[]).objects[0][0] == shape)
     clip = make_clip(next(seeds), "single", "held-out")
     for frame, track in zip(clip.frames, clip.tracks[0]):
@@ -232,17 +232,17 @@ def test_limbs_are_rigid_jointed_and_bend(limb):
     assert np.abs(body - body[0]).max() > 15
 
 
-def test_hidden_points_lie_under_another_colour():
-    """At a visible point its owner's colour is seen (none of them on the ground), at a hidden one another's."""
+def test_hidden_points_lie_under_another_color():
+    """At a visible point its owner's color is seen (none of them on the ground), at a hidden one another's."""
     agrees = {True: [], False: []}
     for clip in [make_clip(seed, kind, frames=range(0, 33, 4)) for seed in range(20) for kind in ("several", "camera")]:
-        wanted = np.array([*(colour for _, colour in clip.objects), ""])[clip.owners]
+        wanted = np.array([*(color for _, color in clip.objects), ""])[clip.owners]
         row, column = np.rint(clip.tracks).astype(int).transpose(2, 0, 1)  # (points, T, 2) -> (points, T) each
         inside = (row >= 0) & (row < world.HEIGHT) & (column >= 0) & (column < world.WIDTH)
         solid = np.array([owner == -1 or clip.objects[owner][0] != "ring" for owner in clip.owners])  # no holes
         for point, t in zip(*np.nonzero(inside & solid[:, None])):
             pixel = clip.frames[t, row[point, t], column[point, t]]
-            agrees[bool(clip.visible[point, t])].append(colours_in(pixel) == wanted[point])
+            agrees[bool(clip.visible[point, t])].append(colors_in(pixel) == wanted[point])
     assert len(agrees[False]) > 50
     assert np.mean(agrees[True]) > 0.98
     assert np.mean(agrees[False]) < 0.1
@@ -266,9 +266,9 @@ def test_motion_can_be_measured_and_stays_in_frame():
     speeds, extents, inside = [], [], []
     for clip in [make_clip(seed, kind) for seed in range(6) for kind in ("single", "several", "articulated")]:
         for owner in range(len(clip.motions)):
-            centre = clip.tracks[clip.owners == owner][0]
-            extents.append(np.linalg.norm(np.ptp(centre, axis=0)))
-            speeds.append(np.linalg.norm(np.diff(centre, axis=0), axis=-1).max())
+            center = clip.tracks[clip.owners == owner][0]
+            extents.append(np.linalg.norm(np.ptp(center, axis=0)))
+            speeds.append(np.linalg.norm(np.diff(center, axis=0), axis=-1).max())
         inside.append(((clip.tracks > -0.5) & (clip.tracks < [127.5, 191.5])).all(-1).mean())
     assert min(extents) > 20
     assert max(speeds) <= world.TOP_SPEED + 1e-9
@@ -306,23 +306,23 @@ def test_sprites_are_vivid_and_grounds_are_muted():
         assert chroma(clip.frames)[0, tips[:, 0], tips[:, 1]].min() > VIVID
 
 
-def test_pixels_tell_colours_ground_and_shapes():
-    right = {"colours": [], "ground": [], "shape": []}
+def test_pixels_tell_colors_ground_and_shapes():
+    right = {"colors": [], "ground": [], "shape": []}
     for clip in [make_clip(seed, kind, "held-out", frames=[20]) for seed in range(20) for kind in KINDS]:
         frame = clip.frames[0]
-        names = colours_in(frame)
-        masks = {name: names == name for name in COLOURS if (names == name).sum() > 90}
-        right["colours"].append(set(masks) == {colour for _, colour in clip.objects})
+        names = colors_in(frame)
+        masks = {name: names == name for name in COLORS if (names == name).sum() > 90}
+        right["colors"].append(set(masks) == {color for _, color in clip.objects})
         right["ground"].append(ground_in(frame) == clip.background)
-        for owner, (shape, colour) in enumerate(clip.objects):
-            if shape in SHAPES and colour in masks and clip.visible[clip.owners == owner].all():
-                right["shape"].append(shape_in(masks[colour]) == shape)
+        for owner, (shape, color) in enumerate(clip.objects):
+            if shape in SHAPES and color in masks and clip.visible[clip.owners == owner].all():
+                right["shape"].append(shape_in(masks[color]) == shape)
     assert {name: np.mean(answers) >= 0.99 for name, answers in right.items()} == dict.fromkeys(right, True)
     assert len(right["shape"]) > 60
 
 
 def test_edges_are_smooth():
-    """Between a vivid sprite and grey tiles lie pixels of both: a hard edge would have none."""
+    """Between a vivid sprite and gray tiles lie pixels of both: a hard edge would have none."""
     clip = next(c for c in (make_clip(s, "single", frames=[0]) for s in range(99)) if c.background == "tiles")
     vividness = chroma(clip.frames[0])
     rows = (vividness > VIVID).any(axis=1)

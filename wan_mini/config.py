@@ -33,7 +33,7 @@ class DiTConfig:
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the causal video VAE and the statistics that normalise its latents."""
+    """Sizes of the causal video VAE and the statistics that normalize its latents."""
 
     dim: int = 96
     z_dim: int = 16

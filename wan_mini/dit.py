@@ -57,7 +57,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
 
 
 def apply_rope(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each neighbouring channel pair of x (B,N,M,D) by its token's angles."""
+    """Rotate each neighboring channel pair of x (B,N,M,D) by its token's angles."""
     cos, sin = rope
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B,N,M,D) -> 2 x (B,N,M,D/2)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)  # -> (B,N,M,D)
@@ -96,7 +96,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with normalised queries and keys: self-attention with RoPE, cross-attention without."""
+    """Multi-head attention with normalized queries and keys: self-attention with RoPE, cross-attention without."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -109,7 +109,7 @@ class Attention(nn.Module):
         self.norm_k = RMSNorm(dim)
 
     def qk(self, x: Tensor, context: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Normalised, rotated queries of x and keys of context, float32: (B,N,C), (B,L,C) -> (B,N,M,D), (B,L,M,D)."""
+        """Normalized, rotated queries of x and keys of context, float32: (B,N,C), (B,L,C) -> (B,N,M,D), (B,L,M,D)."""
         heads = (self.num_heads, -1)
         q = self.norm_q(self.q(x)).unflatten(-1, heads)  # (B,N,C) -> (B,N,M,D)
         k = self.norm_k(self.k(context)).unflatten(-1, heads)  # (B,L,C) -> (B,L,M,D)

@@ -32,8 +32,8 @@ from wan_mini.tokenizer import clean_prompt
 from wan_mini.vae import WanVAE
 from wan_mini.video import from_model, valid_frames, valid_size, write_video
 
-# The original's default (wan/configs/shared_config.py), what a video should not look like: garish colours, static,
-# overexposed, blurred, subtitles, painting, greyish, worst quality, ugly, extra fingers, badly drawn hands and faces,
+# The original's default (wan/configs/shared_config.py), what a video should not look like: garish colors, static,
+# overexposed, blurred, subtitles, painting, grayish, worst quality, ugly, extra fingers, badly drawn hands and faces,
 # deformed, messy background, three legs, many people in the background, walking backwards, ...
 NEGATIVE = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"

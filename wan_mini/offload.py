@@ -70,7 +70,7 @@ class BlockStream:
             self.there[index] = weights, self.side.record_event()
 
     def fetch(self, index: int) -> nn.Module:
-        """The block, ready on the device; its neighbour in the direction of the calls is on its way."""
+        """The block, ready on the device; its neighbor in the direction of the calls is on its way."""
         ahead = index + 1 if index >= self.last or index == 0 else index - 1
         with no_dispatch():  # a selective checkpoint counts the operations of a block, and these are none
             for old in self.there.keys() - {index, self.last, ahead}:

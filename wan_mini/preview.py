@@ -19,8 +19,8 @@ def draw_arrow(draw: ImageDraw.ImageDraw, start: tuple[float, float], move: tupl
     ux, uy = move[0] / length, move[1] / length
     tip = (x + move[0], y + move[1])
     barbs = [(tip[0] - size * (ux * 2 + side * uy), tip[1] - size * (uy * 2 - side * ux)) for side in (-1, 1)]
-    for colour, width in (("black", size), ("white", size / 2)):
-        draw.line([start, tip], fill=colour, width=max(1, round(width)))
+    for color, width in (("black", size), ("white", size / 2)):
+        draw.line([start, tip], fill=color, width=max(1, round(width)))
     draw.polygon([tip, *barbs], fill="white", outline="black")
 
 

@@ -1,6 +1,6 @@
 """The UMT5 tokenizer: prompt to ids, from the official `tokenizer.json`, with nothing but Python.
 
-    prompt -> clean_prompt -> cut out added tokens -> normalise -> words -> pieces of each word -> add </s>
+    prompt -> clean_prompt -> cut out added tokens -> normalize -> words -> pieces of each word -> add </s>
 
 Every step is what the file says and gives the ids that the `tokenizers` package gives for the same file; a component
 that files of the T5 family do not hold is refused by name. The file's own truncation and padding are ignored: cutting
@@ -28,7 +28,7 @@ def clean_prompt(text: str) -> str:
     """Clean a prompt as Wan does: `ftfy.fix_text`, `html.unescape` twice, every run of white space to one space, strip.
 
     Of ftfy's defaults it does, until nothing changes: entities (unless the text holds a "<"), Windows-1252 controls,
-    Latin ligatures, character width, curly quotes, lone surrogates, terminal colours, control characters, NFC.
+    Latin ligatures, character width, curly quotes, lone surrogates, terminal colors, control characters, NFC.
     So the full-width commas of Wan's negative prompt become ASCII. Lost: the repair of wrongly decoded text ("cafÃ©")
     and of upper-case entities ("&NTILDE;"), and that ftfy looks for the "<" line by line.
 
@@ -65,7 +65,7 @@ class Tokenizer:
         self.longest = max(map(len, self.scores))
         self.pieces = {index: piece for index, (piece, _) in enumerate(vocab)}
         self.ids = {piece: index for index, piece in self.pieces.items()}
-        self.normalise = _normaliser(spec["normalizer"])
+        self.normalize = _normalizer(spec["normalizer"])
         self.cut_words = _word_cutter(spec["pre_tokenizer"])
         self.drops_mark = _has_prefix("decoder", spec["decoder"])
         self.suffix = _suffix(spec["post_processor"])
@@ -114,13 +114,13 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> Iterator[int]:
         """Yield the ids of a text that holds no added token."""
         unk = self.unk_id
-        for word in self.cut_words(self.normalise(text)):
+        for word in self.cut_words(self.normalize(text)):
             for is_unknown, group in groupby(self._best_cut(word), lambda piece: self.ids.get(piece, unk) == unk):
                 pieces = list(group)
                 yield from self._encode_unknown("".join(pieces)) if is_unknown else map(self.ids.get, pieces)
 
     def _encode_unknown(self, chars: str) -> list[int]:
-        """Return the ids of the bytes of unknown neighbours, if the file has them, else one id for them all."""
+        """Return the ids of the bytes of unknown neighbors, if the file has them, else one id for them all."""
         ids = [self.ids.get(f"<0x{byte:02X}>") for byte in chars.encode()] if self.byte_fallback else [None]
         return [self.unk_id] if None in ids else ids
 
@@ -144,12 +144,12 @@ def _unsupported(component: str, spec: object, wanted: str) -> ValueError:
     return ValueError(f"{component} {str(spec)[:100]} is not supported, want {wanted}")
 
 
-def _normaliser(spec: dict | None) -> Callable[[str], str]:
+def _normalizer(spec: dict | None) -> Callable[[str], str]:
     match spec:
         case None:
             return lambda text: text
         case {"type": "Sequence", "normalizers": [*specs]}:
-            steps = [_normaliser(step) for step in specs]
+            steps = [_normalizer(step) for step in specs]
             return lambda text: reduce(lambda done, step: step(done), steps, text)
         case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
             return _CharsMap(base64.b64decode(charsmap, validate=True))
@@ -194,7 +194,7 @@ def _suffix(spec: dict | None) -> list[int]:
 
 
 class _CharsMap:
-    """SentencePiece's compiled normaliser: replaces characters and short clusters of them.
+    """SentencePiece's compiled normalizer: replaces characters and short clusters of them.
 
     The blob is the byte size of a trie (uint32, little-endian), the trie (a double array of uint32 over UTF-8 bytes,
     whose values are offsets) and the replacements at these offsets, each closed by a zero byte. As in `tokenizers`, a

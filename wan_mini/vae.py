@@ -204,7 +204,7 @@ def decoder(config: VAEConfig) -> Stack:
 def cut(source: int, target: int, tile: int | None) -> list[tuple[slice, slice, Tensor]]:
     """Cut one side of the frame, `source` long before a network and `target` long after it, into tiles.
 
-    `tile` is in pixels, the longer unit of the two; neighbours overlap by a quarter or more; None makes a single tile.
+    `tile` is in pixels, the longer unit of the two; neighbors overlap by a quarter or more; None makes a single tile.
     Returns for each its slice of source and of target, and its weights in the target: linear ramps over the overlap,
     divided by their sum over all tiles (so a single tile weighs exactly 1).
     """
@@ -261,7 +261,7 @@ class WanVAE(nn.Module):
         self.decoder = decoder(config)
 
     def encode(self, video: Tensor, *, tile: int | None = None, progress: Callable | None = None) -> Tensor:
-        """Turn a video into normalised latents, (mean - config.mean) / config.std; nothing is sampled.
+        """Turn a video into normalized latents, (mean - config.mean) / config.std; nothing is sampled.
 
         video: (B,3,T,H,W) in [-1,1], T = 4k+1, H and W multiples of 8. Returns float32 (B,16,k+1,H/8,W/8).
         Raises ValueError for any other shape or tile.
@@ -277,7 +277,7 @@ class WanVAE(nn.Module):
         return (mu - mean) / std
 
     def decode(self, latents: Tensor, *, tile: int | None = None, progress: Callable | None = None) -> Tensor:
-        """Turn normalised latents into a video, one latent frame at a time.
+        """Turn normalized latents into a video, one latent frame at a time.
 
         latents: (B,16,F,h,w). Returns float32 (B,3,4F-3,8h,8w), about [-1,1] but not clamped.
         Raises ValueError for any other shape or tile.

@@ -79,7 +79,7 @@ def read_video(
 def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict | None = None) -> Path:
     """Write an mp4 (H.264), or an animated WebP if `path` says so or ffmpeg is absent; return the path really written.
 
-    frames: (T, H, W, 3) uint8; an mp4 drops an odd last row or column, as its colours are stored per 2x2 pixels.
+    frames: (T, H, W, 3) uint8; an mp4 drops an odd last row or column, as its colors are stored per 2x2 pixels.
     fps: frames per second; a WebP counts whole milliseconds, so 16 fps alternates 62 and 63.
     metadata: JSON-able, kept as the mp4's comment or the WebP's EXIF ImageDescription.
     The file gets its name only when complete. Raises ValueError in one line, with ffmpeg's command if that failed.
@@ -153,7 +153,7 @@ def _read_animation(path: Path, fps: float | None) -> Iterator[Image.Image]:
             image.load()  # only now does a WebP frame know its duration
             duration = image.info.get("duration", 0)
             durations.append(duration if duration > 10 else 100)
-        # Encoders merge equal neighbours into one longer frame: counting in units of the shortest finds them again.
+        # Encoders merge equal neighbors into one longer frame: counting in units of the shortest finds them again.
         own_fps = np.rint(np.divide(durations, min(durations))).sum() * 1000 / sum(durations)
         for index in nearest_frames(durations, fps or own_fps) if len(durations) > 1 else [0]:
             image.seek(first + int(index))
@@ -164,7 +164,7 @@ def _read_film(path: Path, fps: float | None) -> Iterator[Image.Image]:
     if shutil.which("ffmpeg") is None:
         by_hand = "or extract the frames elsewhere (ffmpeg -i clip.mp4 -vf fps=16 frames/%05d.png) and give the folder"
         raise FileNotFoundError(f"no ffmpeg on PATH, which {path} needs: {INSTALL}; {by_hand}")
-    # ffmpeg obeys rotation tags itself; the filters do time, square pixels and colours free of rounding bias.
+    # ffmpeg obeys rotation tags itself; the filters do time, square pixels and colors free of rounding bias.
     filters = (f"fps={fps}," if fps else "") + "scale=iw*sar:ih:flags=accurate_rnd+full_chroma_int,format=rgb24"
     source = shlex.quote(str(path.absolute()))
     command = f"ffmpeg -v error -nostdin -xerror -i {source} -map 0:V:0 -vf {filters} -f image2pipe -c:v ppm -"
@@ -185,7 +185,7 @@ def _read_film(path: Path, fps: float | None) -> Iterator[Image.Image]:
 
 def _rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
-    if image.mode == "I;16":  # 16-bit grey, which Pillow would clip at 255
+    if image.mode == "I;16":  # 16-bit gray, which Pillow would clip at 255
         image = image.point(lambda level: level * (1 / 257))
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
@@ -207,7 +207,7 @@ def _write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None
     command = (
         f"ffmpeg -v error -y -f rawvideo -pix_fmt rgb24 -s {w}x{h} -framerate {fps} -i - "
         "-c:v libx264 -crf 18 -pix_fmt yuv420p -movflags +faststart -vf scale=out_color_matrix=bt709 "
-        "-colorspace bt709 -color_primaries bt709 -color_trc bt709 "  # untagged, a player guesses, colours may shift
+        "-colorspace bt709 -color_primaries bt709 -color_trc bt709 "  # untagged, a player guesses, colors may shift
         f"-metadata comment={shlex.quote(comment)} {shlex.quote(str(path.absolute()))}"
     )
     done = subprocess.run(shlex.split(command), input=frames[:, :h, :w].tobytes(), capture_output=True)

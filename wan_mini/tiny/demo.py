@@ -21,7 +21,7 @@ def reference_clip() -> Clip:
 
 
 def wanted_scene() -> Scene:
-    """What the default prompt, its caption, asks for: another shape in another colour on another ground."""
+    """What the default prompt, its caption, asks for: another shape in another color on another ground."""
     return other_scene(make_clip(SEED, KIND, "held-out", frames=[]), SEED)
 
 
@@ -37,7 +37,7 @@ def verdict(frames: np.ndarray) -> str:
     scene = wanted_scene()
     objects, _ = read_scene(frames, label(frames), scene)
     found = score(frames, reference_clip(), scene)
-    seen = " and ".join(f"{colour or 'no'} {shape or 'shape'}" for shape, colour in objects)
+    seen = " and ".join(f"{color or 'no'} {shape or 'shape'}" for shape, color in objects)
     ground = "the right ground" if found["background_ok"] else "another ground"
     motion = f"correlation {found['correlation']:.2f} with the true path, {found['error_px']:.1f} px off"
     return f"{motion}, direction {found['direction']:.2f}; it shows a {seen} on {ground}"

@@ -3,7 +3,7 @@
     python -m wan_mini.tiny.evaluate --clips 8 --settings none,dense,windowed --csv results.csv
     python -m wan_mini.tiny.evaluate --split train --settings windowed --vary block=2 "tau=5 window=7"
 
-Each clip gets a prompt that differs from it in shapes, colours and background; each setting makes a video of it from
+Each clip gets a prompt that differs from it in shapes, colors and background; each setting makes a video of it from
 the same noise. Knobs are tuned on clips of the training split, as in the second command. This file knows no method:
 --method names a module with `transfer` and `TINY_MOTION`.
 """
@@ -27,7 +27,7 @@ from wan_mini.tiny.world import FRAMES, KINDS, SPLITS, Clip, Scene, make_clip, o
 
 COLUMNS = (
     *("clip", "kind", "setting", "correlation", "error_px", "direction", "fidelity"),
-    *("colour_ok", "background_ok", "shape_ok", "leak", "gradients", "seconds"),
+    *("color_ok", "background_ok", "shape_ok", "leak", "gradients", "seconds"),
 )
 SHOWN = (*COLUMNS[3:7], "published", *COLUMNS[7:])  # published: the flawed form of fidelity, for comparison only
 SETTINGS: dict[str, dict[str, Any]] = {  # what each changes in the method's TINY_MOTION
@@ -39,9 +39,9 @@ SETTINGS: dict[str, dict[str, Any]] = {  # what each changes in the method's TIN
     "noised": {"reference": "noised"},
     "dense_noised": {"amf": "dense", "reference": "noised"},
     "dense1": {"amf": "dense", "interval": 1},
-    "ref": {"centres": "ref"},
-    "own": {"centres": "own"},
-    "soft": {"centres": "own", "centre_kind": "soft"},
+    "ref": {"centers": "ref"},
+    "own": {"centers": "own"},
+    "soft": {"centers": "own", "center_kind": "soft"},
 }
 Video = Callable[[Clip, str, str, int], tuple[np.ndarray, int]]  # clip, prompt, setting, seed -> frames, gradients
 Row = dict[str, Any]
@@ -152,7 +152,7 @@ def program(argv: list[str] | None = None) -> None:
 
     print(f"{args.clips} {args.split} clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")
     accuracy = list(oracle_accuracy(args.seed, args.oracle_clips, args.split))
-    print("the oracle on real clips\n" + table(accuracy, ("colour_ok", "background_ok", "shape_ok")))
+    print("the oracle on real clips\n" + table(accuracy, ("color_ok", "background_ok", "shape_ok")))
     rows = measure(video, list(settings), args.seed, args.clips, args.split)
     print(args.method + "\n" + table(write_rows(rows, args.csv)))
 

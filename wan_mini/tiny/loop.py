@@ -67,7 +67,7 @@ def update_ema(ema: nn.Module, model: nn.Module, step: int, decay: float) -> Non
 
 
 class Training:
-    """Weights, their moving average, the optimiser and the losses so far; on disk in one file at every save."""
+    """Weights, their moving average, the optimizer and the losses so far; on disk in one file at every save."""
 
     def __init__(self, name: str, job: Job, model: nn.Module):
         self.name, self.job, self.model = name, job, model.to(job.device).train()
@@ -109,10 +109,10 @@ class Training:
         number = len(self.losses)
         factor, recipe = learning_rate_factor(number, self.job.recipe), self.job.recipe
         loss.backward()
-        for optimiser, lr in ((self.muon, recipe.lr), (self.adam, recipe.adam_lr)):
-            optimiser.param_groups[0]["lr"] = factor * lr
-            optimiser.step()
-            optimiser.zero_grad()
+        for optimizer, lr in ((self.muon, recipe.lr), (self.adam, recipe.adam_lr)):
+            optimizer.param_groups[0]["lr"] = factor * lr
+            optimizer.step()
+            optimizer.zero_grad()
         update_ema(self.ema, self.model, number, self.job.recipe.ema)
         self.losses.append(loss.detach())  # read later: to read it now would make the device wait
 
@@ -171,7 +171,7 @@ def draw_curve(losses: list[float], size: tuple[int, int] = (720, 360)) -> Image
     draw = ImageDraw.Draw(image)
     for level in np.linspace(low, high, 5):
         height = 15 + (size[1] - 50) * (high - level) / (high - low)
-        draw.line([70, height, size[0] - 15, height], fill="lightgrey")
+        draw.line([70, height, size[0] - 15, height], fill="lightgray")
         draw.text((10, height - 6), f"{10**level:.4f}", fill="black")
     draw.line(list(zip(x.tolist(), y.tolist())), fill="navy", width=2)
     draw.text((size[0] // 2 - 40, size[1] - 20), f"{len(losses)} steps", fill="black")

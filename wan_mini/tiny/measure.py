@@ -10,7 +10,7 @@ import numpy as np
 
 from wan_mini.tiny.world import (
     BAR,
-    COLOURS,
+    COLORS,
     GROUNDS,
     HEIGHT,
     LIMBS,
@@ -25,10 +25,10 @@ from wan_mini.tiny.world import (
     Scene,
 )
 
-COLOURFUL = VIVID + 8  # levels, as VIVID, of pixels smoothed with some of the ground around them
-FEWEST = 24  # pixels: less of a colour is no object
+COLORFUL = VIVID + 8  # levels, as VIVID, of pixels smoothed with some of the ground around them
+FEWEST = 24  # pixels: less of a color is no object
 CLEAR = 0.6  # share: less of it covered is no shape
-NEAR = 24.0  # pixels: a limb counts where it is further from its body's centre, as no body reaches there and hides it
+NEAR = 24.0  # pixels: a limb counts where it is further from its body's center, as no body reaches there and hides it
 MOVES = 4.0  # pixels, a quarter of a token: a path is judged along an axis if its range there is at least this
 STEP = 1.0  # pixels a frame: a step has a direction if it is at least this long
 JITTER = 0.1  # pixels a frame: a step shorter than this is no motion
@@ -38,7 +38,7 @@ JITTER = 0.1  # pixels a frame: a step shorter than this is no motion
 
 
 def label(frames: np.ndarray) -> np.ndarray:
-    """Frames (T,H,W,3) uint8 -> (T,H,W): the place in COLOURS of each vivid pixel's hue, -1 on the ground."""
+    """Frames (T,H,W,3) uint8 -> (T,H,W): the place in COLORS of each vivid pixel's hue, -1 on the ground."""
 
     def hue(rgb: np.ndarray) -> np.ndarray:  # without shade and gloss: the least of R, G, B becomes 0, the greatest 1
         low, high = rgb.min(-1, keepdims=True), rgb.max(-1, keepdims=True)
@@ -48,40 +48,40 @@ def label(frames: np.ndarray) -> np.ndarray:
     for axis in (1, 2):  # means of 3 x 3 pixels, or grain on a tinted ground would look vivid
         smooth = (np.roll(smooth, 1, axis) + smooth + np.roll(smooth, -1, axis)) / 3
     labels = np.full(frames.shape[:3], -1)
-    vivid = np.ptp(smooth, axis=-1) > COLOURFUL
-    names = hue(np.array([*COLOURS.values()], dtype=np.float32))
+    vivid = np.ptp(smooth, axis=-1) > COLORFUL
+    names = hue(np.array([*COLORS.values()], dtype=np.float32))
     labels[vivid] = np.square(hue(smooth[vivid])[:, None] - names).sum(-1).argmin(-1)  # (n, 6, 3) -> (n,)
     return labels
 
 
 def read_scene(frames: np.ndarray, labels: np.ndarray, scene: Scene) -> tuple[Objects, dict[str, bool]]:
-    """The objects there are, as many as the scene has, and whether colours, background and shapes are the scene's.
+    """The objects there are, as many as the scene has, and whether colors, background and shapes are the scene's.
 
-    They are the commonest colours, each with its shape; a name is "" where nothing fits. A limb is the object that
-    resembles a shape least, and comes last. Where all colours are right, each shape must have its own.
+    They are the commonest colors, each with its shape; a name is "" where nothing fits. A limb is the object that
+    resembles a shape least, and comes last. Where all colors are right, each shape must have its own.
     """
-    areas = np.bincount(labels[labels >= 0], minlength=len(COLOURS))
+    areas = np.bincount(labels[labels >= 0], minlength=len(COLORS))
     seen = []
     for number in np.argsort(-areas)[: len(scene.objects)]:
         likeness, shape = _read_shape(labels == number)
-        seen.append((likeness, shape, [*COLOURS][number] if likeness else ""))
+        seen.append((likeness, shape, [*COLORS][number] if likeness else ""))
     objects = [pair for _, *pair in sorted(seen, reverse=True)]
     if scene.objects and scene.objects[-1][0] in LIMBS:
         objects[-1][0] = scene.objects[-1][0]
     background = _read_ground(frames[labels < 0])
     objects = tuple(map(tuple, objects))
-    shape_ok, colour_ok = (sorted(p[i] for p in objects) == sorted(p[i] for p in scene.objects) for i in (0, 1))
-    if colour_ok:
+    shape_ok, color_ok = (sorted(p[i] for p in objects) == sorted(p[i] for p in scene.objects) for i in (0, 1))
+    if color_ok:
         shape_ok = sorted(objects) == sorted(scene.objects)
-    return objects, {"colour_ok": colour_ok, "background_ok": background == scene.background, "shape_ok": shape_ok}
+    return objects, {"color_ok": color_ok, "background_ok": background == scene.background, "shape_ok": shape_ok}
 
 
 def _read_ground(pixels: np.ndarray) -> str:
-    """Which ground the pixels (n,3) of no object show: the one whose usual colour is nearest to their median."""
+    """Which ground the pixels (n,3) of no object show: the one whose usual color is nearest to their median."""
     median = np.median(pixels, axis=0) if len(pixels) else np.full(3, 255)
-    light = dict.fromkeys(GROUNDS, 0.5) | {"night sky": 0.1}  # share of the light colour in the usual one
-    colours = {name: np.array(two[:2]) for name, two in GROUNDS.items()}
-    usual = {name: SHADE * (dark + light[name] * (bright - dark)) for name, (dark, bright) in colours.items()}
+    light = dict.fromkeys(GROUNDS, 0.5) | {"night sky": 0.1}  # share of the light color in the usual one
+    colors = {name: np.array(two[:2]) for name, two in GROUNDS.items()}
+    usual = {name: SHADE * (dark + light[name] * (bright - dark)) for name, (dark, bright) in colors.items()}
     return min(usual, key=lambda name: np.linalg.norm(median - usual[name]))
 
 
@@ -110,16 +110,16 @@ def _read_shape(masks: np.ndarray) -> tuple[float, str]:
 
 
 def _middle(masks: np.ndarray) -> np.ndarray:
-    """Centre of mass of each mask, (T,H,W) -> (T,)."""
+    """Center of mass of each mask, (T,H,W) -> (T,)."""
     areas = masks.sum((1, 2))
     moment = masks.sum(1) @ np.arange(masks.shape[2]) + 1j * (masks.sum(2) @ np.arange(masks.shape[1]))
     return np.where(areas >= FEWEST, moment / areas.clip(1), np.nan)
 
 
 def _limb(z: np.ndarray, weight: np.ndarray, body: np.ndarray) -> np.ndarray:
-    """Two corners of a limb's box, one standard deviation around its middle, as seen from the body's centre.
+    """Two corners of a limb's box, one standard deviation around its middle, as seen from the body's center.
 
-    Two legs of one colour cannot be told apart, but the box goes up and down with an arm, and opens with each stride.
+    Two legs of one color cannot be told apart, but the box goes up and down with an arm, and opens with each stride.
     z (n,T) or (n,1), weight (n,T), body (T,) -> (2,T)
     """
     weight = weight * (np.abs(z - body) > NEAR)
@@ -138,23 +138,23 @@ def true_tracks(clip: Clip) -> tuple[np.ndarray, np.ndarray]:
     tracks = [*z[clip.owners == -1], *(z[clip.owners == i][0] for i in bodies)]
     owners = [-1] * np.sum(clip.owners == -1) + bodies
     if clip.kind == "articulated":
-        centre, upper, lower = z[clip.owners == 1].reshape(-1, 3, z.shape[1]).swapaxes(0, 1)[:, :, None]  # (bars, 1, T)
+        center, upper, lower = z[clip.owners == 1].reshape(-1, 3, z.shape[1]).swapaxes(0, 1)[:, :, None]  # (bars, 1, T)
         grid = np.linspace(-1, 1, 21)
         grid = (grid + 1j * grid[:, None])[BAR.edge(grid + 1j * grid[:, None]) < 0]  # (n,), places all over a bar
-        bars = (centre + (lower - upper) / (2j * REACH) * grid[:, None]).reshape(-1, z.shape[1])  # (bars*n, T)
+        bars = (center + (lower - upper) / (2j * REACH) * grid[:, None]).reshape(-1, z.shape[1])  # (bars*n, T)
         tracks, owners = [*tracks, *_limb(bars, np.ones(bars.shape), tracks[0])], [*owners, 1, 1]
     return np.array(tracks), np.array(owners)
 
 
 def found_tracks(frames: np.ndarray, labels: np.ndarray, objects: Objects, grid: np.ndarray) -> np.ndarray:
-    """The tracks of ground points that are at `grid` (n,) in frame 0, of each body's centre, and of a limb's box.
+    """The tracks of ground points that are at `grid` (n,) in frame 0, of each body's center, and of a limb's box.
 
-    The centre is that of the part that shows: a body half under another or half outside is found a few pixels off.
+    The center is that of the part that shows: a body half under another or half outside is found a few pixels off.
     """
     tracks = [*ground_motion(frames, labels)(grid[:, None])] if len(grid) else []
     z = (np.arange(labels.shape[2]) + 1j * np.arange(labels.shape[1])[:, None]).reshape(-1, 1)  # (H*W, 1)
-    for shape, colour in objects:
-        masks = labels == [*COLOURS, ""].index(colour)
+    for shape, color in objects:
+        masks = labels == [*COLORS, ""].index(color)
         if shape in LIMBS:
             tracks += [*_limb(z, masks.reshape(len(masks), -1).T, tracks[-1])]
         else:
@@ -165,19 +165,19 @@ def found_tracks(frames: np.ndarray, labels: np.ndarray, objects: Objects, grid:
 def ground_motion(frames: np.ndarray, labels: np.ndarray) -> Pose:
     """The camera: how the muted pixels of frame 0 shift and zoom until each frame, (T,).
 
-    Neighbouring frames are registered, at half the size: an exhaustive search, for textures repeat themselves and
+    Neighboring frames are registered, at half the size: an exhaustive search, for textures repeat themselves and
     the least error tells their periods apart, then Gauss-Newton with weights that ignore what does not fit.
     """
 
     def halved(x: np.ndarray) -> np.ndarray:
         return x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean((2, 4))  # (T, H, W) -> (T, h, w)
 
-    grey, muted = halved(frames.mean(-1, dtype=np.float32)), halved(labels < 0) == 1
-    z = (np.arange(grey.shape[2]) + 1j * np.arange(grey.shape[1])[:, None]).reshape(1, -1)  # (1, h*w)
-    down, right = np.gradient(grey[1:], axis=(1, 2))
-    target = np.stack([grey[1:], right, down, muted[1:]], axis=-1)  # (T-1, h, w, 4)
-    start, clear = grey[:-1].reshape(len(target), -1), muted[:-1].reshape(len(target), -1)  # (T-1, h*w)
-    turn, shift = np.ones((len(target), 1)), _best_shift(grey, muted)[:, None]
+    gray, muted = halved(frames.mean(-1, dtype=np.float32)), halved(labels < 0) == 1
+    z = (np.arange(gray.shape[2]) + 1j * np.arange(gray.shape[1])[:, None]).reshape(1, -1)  # (1, h*w)
+    down, right = np.gradient(gray[1:], axis=(1, 2))
+    target = np.stack([gray[1:], right, down, muted[1:]], axis=-1)  # (T-1, h, w, 4)
+    start, clear = gray[:-1].reshape(len(target), -1), muted[:-1].reshape(len(target), -1)  # (T-1, h*w)
+    turn, shift = np.ones((len(target), 1)), _best_shift(gray, muted)[:, None]
     for _ in range(9):  # all pairs at once
         value, right, down, clear_too = np.moveaxis(_sample(target, turn * z + shift), -1, 0)  # -> 4 of (T-1, h*w)
         weight = clear * (clear_too > 0.99)
@@ -193,16 +193,16 @@ def ground_motion(frames: np.ndarray, labels: np.ndarray) -> Pose:
     return Pose(*map(np.array, zip(*camera)))
 
 
-def _best_shift(grey: np.ndarray, muted: np.ndarray, reach: int = 7) -> np.ndarray:
+def _best_shift(gray: np.ndarray, muted: np.ndarray, reach: int = 7) -> np.ndarray:
     """The whole shift of each frame to the next with the least mean difference, (T,h,w) -> (T-1,)."""
-    _, h, w = grey.shape
+    _, h, w = gray.shape
     costs = {}
     for dy in range(-reach, reach + 1):
         for dx in range(-reach, reach + 1):
             a = np.s_[:-1, max(0, -dy) : h - max(0, dy), max(0, -dx) : w - max(0, dx)]
             b = np.s_[1:, max(0, dy) : h - max(0, -dy), max(0, dx) : w - max(0, -dx)]
             both = muted[a] & muted[b]
-            costs[dx + 1j * dy] = (np.abs(grey[a] - grey[b]) * both).sum((1, 2)) / (both.sum((1, 2)) + 1)
+            costs[dx + 1j * dy] = (np.abs(gray[a] - gray[b]) * both).sum((1, 2)) / (both.sum((1, 2)) + 1)
     return np.array([*costs])[np.argmin([*costs.values()], axis=0)]
 
 
@@ -327,5 +327,5 @@ def score(frames: np.ndarray, clip: Clip, scene: Scene) -> dict[str, float]:
         "fidelity": fidelity(found, true),
         "published": fidelity_published(found, true),
         **right,
-        "leak": not {colour for _, colour in clip.objects}.isdisjoint(colour for _, colour in objects),
+        "leak": not {color for _, color in clip.objects}.isdisjoint(color for _, color in objects),
     }

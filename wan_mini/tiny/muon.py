@@ -15,7 +15,7 @@ MOMENTUM = 0.95
 QUINTIC = 3.4445, -4.7750, 2.0315  # a x + b x^3 + c x^5: five times over, it takes any x of (0.01, 1] into (0.7, 1.2)
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
+def orthogonalized(matrix: Tensor) -> Tensor:
     """Bring all singular values of a matrix (m,n) near 1 and leave its singular vectors, by matrix products alone.
 
     An odd polynomial of X is U p(S) V^T for X = U S V^T. Zero stays zero.
@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
                 average.lerp_(weight.grad, 1 - MOMENTUM)
                 matrix = weight.grad.lerp(average, MOMENTUM).flatten(1)  # Nesterov's look ahead
                 scale = max(1, len(matrix) / matrix.shape[1]) ** 0.5  # a step of the same size in each output
-                weight.add_(orthogonalised(matrix).view_as(weight), alpha=-group["lr"] * scale)
+                weight.add_(orthogonalized(matrix).view_as(weight), alpha=-group["lr"] * scale)
 
 
 def split_parameters(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:

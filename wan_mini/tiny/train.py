@@ -4,7 +4,7 @@
     python -m wan_mini.tiny.train decoder    its decoder alone, for sharper videos from the same latents
     python -m wan_mini.tiny.train dit        DiT and text encoder, on that VAE's latents of pictures, then of clips
     python -m wan_mini.tiny.train motion     the same two, until one block's attention follows what moves
-    python -m wan_mini.tiny.train words      a new text encoder, that knows which colour goes with which noun
+    python -m wan_mini.tiny.train words      a new text encoder, that knows which color goes with which noun
     python -m wan_mini.tiny.train shapes     the DiT alone, until the tokens of a thing agree on what it is
 
 The same command again goes on where the last one stopped. Whatever a step draws follows from its seed and its number
@@ -333,7 +333,7 @@ def train_on(name: str, job: Job, phases: Sequence[tuple]) -> None:
 
 
 def train_words(job: Job) -> None:
-    """Train a new text encoder to say what the checkpoint's does, and to which pair of colour and noun a word belongs.
+    """Train a new text encoder to say what the checkpoint's does, and to which pair of color and noun a word belongs.
 
     New, because the old one cannot learn it any more: Muon has made its queries and keys so large that each token
     looks at one other, and UMT5 neither norms nor scales them.

@@ -1,4 +1,4 @@
-"""A small world of coloured shapes: seeded, captioned clips whose true trajectories are known exactly.
+"""A small world of colored shapes: seeded, captioned clips whose true trajectories are known exactly.
 
 Places are complex numbers, z = column + i row in pixels; the middle of pixel (r, c) is at c + ir. Whatever moves has a
 pose, z -> turn z + shift: |turn| is its scale, the angle of turn its rotation. Poses chain as parent @ child: a forearm
@@ -21,11 +21,11 @@ TOP_SPEED = 9.0  # pixels a frame, of objects and pans
 VIVID = 76  # levels: in each pixel max(R, G, B) - min(R, G, B) is more inside sprites, less on grounds
 KINDS = ("single", "several", "camera", "articulated")
 SPLITS = ("train", "held-out")
-REACH = 0.65  # points tracked on a sprite lie this far from its centre, in its size; a bar's are its two joints
+REACH = 0.65  # points tracked on a sprite lie this far from its center, in its size; a bar's are its two joints
 
 
 class Shape(NamedTuple):
-    """A figure around its centre of mass, 0, with a tip towards -i: upwards."""
+    """A figure around its center of mass, 0, with a tip towards -i: upwards."""
 
     tips: int  # one tracked point lies towards each
     edge: Callable[[np.ndarray], np.ndarray]  # z in the figure's size -> signed distance to its edge, negative inside
@@ -58,7 +58,7 @@ SHAPES = {
 }
 BAR = Shape(2, lambda z: np.abs(z.real + 1j * np.maximum(np.abs(z.imag) - REACH, 0)) - 0.35)
 LIMBS = {"arm": "a {} arm", "legs": "two {} legs"}  # each arm and leg is two bars
-COLOURS = {
+COLORS = {
     "red": (226, 38, 44),
     "yellow": (250, 212, 38),
     "green": (32, 188, 74),
@@ -66,8 +66,8 @@ COLOURS = {
     "purple": (150, 56, 222),
     "pink": (255, 80, 170),
 }
-HELD_OUT = frozenset(zip(SHAPES, COLOURS))  # never trained on; each of the shapes and of the colours alone is
-GROUNDS = {  # dark colour, light colour, nouns
+HELD_OUT = frozenset(zip(SHAPES, COLORS))  # never trained on; each of the shapes and of the colors alone is
+GROUNDS = {  # dark color, light color, nouns
     "sand": ((196, 172, 134), (226, 208, 174), ("sand", "a sandy beach")),
     "grass": ((58, 80, 44), (92, 114, 62), ("grass", "a lawn")),
     "wood": ((86, 60, 42), (146, 108, 80), ("wooden planks", "a wooden floor")),
@@ -75,7 +75,7 @@ GROUNDS = {  # dark colour, light colour, nouns
     "tiles": ((118, 120, 124), (186, 188, 192), ("grey tiles", "a tiled floor")),
     "night sky": ((20, 18, 34), (214, 212, 226), ("the night sky", "a starry sky")),
 }
-TEXTURES = {  # share of the light colour at column x and row y, with n a smooth noise in about [-1, 1]
+TEXTURES = {  # share of the light color at column x and row y, with n a smooth noise in about [-1, 1]
     "sand": lambda x, y, n: 0.5 + 0.5 * np.sin(y / 3 + 3 * n),
     "grass": lambda x, y, n: 0.5 + 0.5 * np.sin(x / 3 + 2 * n) * np.sin(y / 5 - 3 * n),
     "wood": lambda x, y, n: np.clip(4 * np.abs(np.sin(y / 10)), 0, 1) * (0.7 + 0.3 * np.sin(y / 2 + x / 40 + 4 * n)),
@@ -99,7 +99,7 @@ Objects = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see. Objects are (shape, colour); an articulated one is its body and then its limb."""
+    """What there is to see. Objects are (shape, color); an articulated one is its body and then its limb."""
 
     caption: str
     objects: Objects
@@ -113,7 +113,7 @@ class Clip(Scene):
     frames: np.ndarray  # (T, H, W, 3) uint8
     tracks: np.ndarray  # (points, T, 2) float64, true also where the point is not visible
     visible: np.ndarray  # (points, T) bool: inside the frame and under no other sprite
-    owners: np.ndarray  # (points,) place in `objects`, -1 for the background; each sprite's first point is its centre
+    owners: np.ndarray  # (points,) place in `objects`, -1 for the background; each sprite's first point is its center
     kind: str
     motions: tuple[str, ...]  # of each object that moves, or of the camera
     split: str
@@ -140,10 +140,10 @@ class Pose(NamedTuple):
 
 
 class Sprite(NamedTuple):
-    """A shape in a colour that follows a pose."""
+    """A shape in a color that follows a pose."""
 
     shape: Shape
-    colour: str
+    color: str
     pose: Pose
     owner: int  # number of the object that it is, or is a part of
 
@@ -194,9 +194,9 @@ def make_clip(seed: int, kind: str | None = None, split: str = "train", frames: 
 
 
 def other_scene(clip: Clip, seed: int = 0) -> Scene:
-    """What to ask for instead: as many objects (at least one), each shape, each colour and the background another.
+    """What to ask for instead: as many objects (at least one), each shape, each color and the background another.
 
-    A limb stays a limb, in another colour. Of a clip for training, the scene has no pair of HELD_OUT either.
+    A limb stays a limb, in another color. Of a clip for training, the scene has no pair of HELD_OUT either.
     """
     bodies = sum(shape in SHAPES for shape, _ in clip.objects)
     limb = clip.objects[1][0] if clip.kind == "articulated" else None
@@ -204,22 +204,22 @@ def other_scene(clip: Clip, seed: int = 0) -> Scene:
 
 
 def _draw_scene(rng: Generator, count: int, limb: str | None, split: str, unlike: Scene | None = None) -> Scene:
-    """Objects of different shapes and colours on some ground, none of them used in `unlike`."""
+    """Objects of different shapes and colors on some ground, none of them used in `unlike`."""
     used = {word for pair in unlike.objects for word in pair} | {unlike.background} if unlike else set()
-    shapes, colours, grounds = ([name for name in names if name not in used] for names in (SHAPES, COLOURS, GROUNDS))
+    shapes, colors, grounds = ([name for name in names if name not in used] for names in (SHAPES, COLORS, GROUNDS))
     while True:
         names = rng.permutation(shapes)[:count].tolist() + [limb] * bool(limb)
-        objects = tuple(zip(names, rng.permutation(colours).tolist()))
+        objects = tuple(zip(names, rng.permutation(colors).tolist()))
         if split == "held-out" or HELD_OUT.isdisjoint(objects):
             background = str(rng.choice(grounds))
             return Scene(_describe(rng, objects, background), objects, background)
 
 
 def _describe(rng: Generator, objects: Objects, background: str) -> str:
-    """A caption: what there is, in which colours, on what ground, and never how it moves."""
+    """A caption: what there is, in which colors, on what ground, and never how it moves."""
     ground = rng.choice(GROUNDS[background][-1])
-    bodies = [f"a {colour} {rng.choice(SHAPES[shape].nouns)}" for shape, colour in objects if shape in SHAPES]
-    limbs = [f" with {LIMBS[limb].format(colour)}" for limb, colour in objects if limb in LIMBS]
+    bodies = [f"a {color} {rng.choice(SHAPES[shape].nouns)}" for shape, color in objects if shape in SHAPES]
+    limbs = [f" with {LIMBS[limb].format(color)}" for limb, color in objects if limb in LIMBS]
     things = " and ".join(filter(None, [", ".join(bodies[:-1]), *bodies[-1:]])) + "".join(limbs)
     on = rng.choice(["on", "over", "against", "in front of"])
     some = [f"{things} {on} {ground}", f"a picture of {things} {on} {ground}", f"{on} {ground}, {things}"]
@@ -241,8 +241,8 @@ def _path(rng: Generator, margin: float, share: tuple[float, float], level: bool
     return motion, Pose(np.ones(FRAMES), scale * path + column + 1j * row)
 
 
-def _body(rng: Generator, pose: Pose, shape: str, colour: str, size: float, owner: int = 0) -> Sprite:
-    return Sprite(SHAPES[shape], colour, pose @ Pose(size * np.exp(1j * rng.uniform(-0.25, 0.25)), 0), owner)
+def _body(rng: Generator, pose: Pose, shape: str, color: str, size: float, owner: int = 0) -> Sprite:
+    return Sprite(SHAPES[shape], color, pose @ Pose(size * np.exp(1j * rng.uniform(-0.25, 0.25)), 0), owner)
 
 
 def _move(rng: Generator, objects: Objects) -> Motion:
@@ -269,7 +269,7 @@ def _film(rng: Generator, objects: Objects) -> Motion:
 
 def _articulate(rng: Generator, objects: Objects) -> Motion:
     """A body on a path, with an arm in any direction or upright on two legs: links that swing about their joints."""
-    body, (limb, colour) = objects
+    body, (limb, color) = objects
     walks = limb == "legs"
     motion, root = _path(rng, 42, (0.5, 1), level=walks)
     root @= Pose(1 if walks else np.exp(2j * np.pi * rng.random()), 0)
@@ -280,7 +280,7 @@ def _articulate(rng: Generator, objects: Objects) -> Motion:
         joint = root
         for angle in (swing * np.sin(phase + side), bend * (1 + np.cos(phase + side))):  # knees bend one way only
             joint @= Pose(np.exp(1j * angle), 0)
-            sprites.append(Sprite(BAR, colour, joint @ Pose(size, 1j * REACH * size), 1))
+            sprites.append(Sprite(BAR, color, joint @ Pose(size, 1j * REACH * size), 1))
             joint @= Pose(1, 2j * REACH * size)
     top = Pose(np.ones(FRAMES), root(-14j))
     return (motion,), None, [*sprites, _body(rng, top, *body, 18)]
@@ -301,7 +301,7 @@ def topmost(sprites: list[Sprite], z: np.ndarray, times: np.ndarray) -> np.ndarr
 
 
 def _track(camera: Pose | None, sprites: list[Sprite]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Centre and tips of each sprite, and with a camera a 4 x 6 grid on the ground that frame 0 shows."""
+    """Center and tips of each sprite, and with a camera a 4 x 6 grid on the ground that frame 0 shows."""
     places, layers = [], []
     if camera:
         grid = np.linspace(16, WIDTH - 17, 6) + 1j * np.linspace(16, HEIGHT - 17, 4)[:, None]  # (4, 6)
@@ -353,7 +353,7 @@ def _paint(pixels: np.ndarray, sprite: Sprite, frames: np.ndarray) -> None:
     shadow = 0.4 * (0.5 - 2.5 * sprite.shape.edge(pose.inverse(z - (0.15 + 0.2j) * size))).clip(0, 1)
     tone = (1 - 0.1 * (at.real + at.imag)) * (1 - 0.3 * (10 * edge + 1.5).clip(0, 1))  # light from top left; a rim
     gloss = 0.35 * np.exp(-(np.abs(at + 0.35 + 0.35j) ** 2) / 0.08)
-    colour = np.array(COLOURS[sprite.colour]) * tone[..., None]  # (T, side, side) -> (T, side, side, 3)
-    colour += gloss[..., None] * (255 - colour)
+    color = np.array(COLORS[sprite.color]) * tone[..., None]  # (T, side, side) -> (T, side, side, 3)
+    color += gloss[..., None] * (255 - color)
     cover = (0.5 - size * edge).clip(0, 1)[..., None]  # an edge one pixel wide
-    pixels[patch] = cover * colour + (1 - cover) * (1 - shadow[..., None]) * pixels[patch]
+    pixels[patch] = cover * color + (1 - cover) * (1 - shadow[..., None]) * pixels[patch]
