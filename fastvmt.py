@@ -28,31 +28,19 @@ from tqdm import tqdm
 
 from losses import amf_loss, total_loss, window_loss
 from skip_optim import optimize
+from wan_mini.device.flops import activation_bytes, forward_flops, gradient_flops
+from wan_mini.device.memory import Plan, as_loaded, choose, free_memory, plans
+from wan_mini.device.offload import OFFLOAD, resident
+from wan_mini.device.select import DTYPES, compile_blocks, pick_device, pick_dtype
+from wan_mini.device.timing import StageTimer
 from wan_mini.dit import RECOMPUTE, WanDiT
-from wan_mini.flops import activation_bytes, forward_flops, gradient_flops
-from wan_mini.generate import NEGATIVE, decode, encode_prompts, guided_velocity
-from wan_mini.load import Wan, load_vae, load_wan, outline
-from wan_mini.offload import OFFLOAD, resident
-from wan_mini.plan import Plan, as_loaded, choose, plans
-from wan_mini.preview import side_by_side, with_arrows
-from wan_mini.runtime import (
-    DTYPES,
-    Parser,
-    Stages,
-    check_finite,
-    check_new_folder,
-    compile_blocks,
-    digests,
-    free_bytes,
-    height_width,
-    load_tensors,
-    parse_knobs,
-    pick_device,
-    pick_dtype,
-    run,
-    save_tensors,
-    versions,
-)
+from wan_mini.load import Wan, build_modules, load_vae, load_wan
+from wan_mini.pipeline import check_finite, decode, guided_velocity
+from wan_mini.prompts import NEGATIVE, encode_prompts
+from wan_mini.runs.cli import Parser, height_width, parse_options, run
+from wan_mini.runs.folder import check_new_folder, load_tensors, save_tensors
+from wan_mini.runs.preview import side_by_side, with_arrows
+from wan_mini.runs.provenance import checkpoint_hashes, versions
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
@@ -190,7 +178,7 @@ def transfer(
     Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
     """
     device = torch.device(device)
-    stage = Stages(device)
+    stage = StageTimer(device)
     with stage("text"):
         prompts = [prompt, config.negative, ""]  # the last is no text at all
         text, negative_text, null = encode_prompts(wan, prompts, device, blocks=blocks)
@@ -250,7 +238,7 @@ class Guide:
         self.grid = dit.grid(z_ref)
         self.pairs = frame_pairs(self.grid[0], config.span)
         self.block = config.block_of(dit)
-        self.recompute = recompute or least_recompute(dit, self.grid, self.block, z_ref.device)
+        self.recompute = recompute or choose_recompute(dit, self.grid, self.block, z_ref.device)
         self.report = {"pairs": len(self.pairs), "recompute": self.recompute, "key_gradient_norms": []}
         self.centers = self.clean = None  # what is found once; None: anew, at each step or at each gradient
         ref0 = config.amf == "windowed" and config.centers == "ref0"
@@ -330,12 +318,12 @@ def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float]
     return norms
 
 
-def least_recompute(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> str:
+def choose_recompute(dit: WanDiT, grid: tuple[int, int, int], block: int, device: torch.device) -> str:
     """The first of RECOMPUTE whose activations take at most 80 % of the device's free memory, where that is known.
 
     Not "none" where blocks are elsewhere (offload.py): all their copies would be kept.
     """
-    width, free = dit.patch_embedding.weight.element_size(), free_bytes(device)
+    width, free = dit.patch_embedding.weight.element_size(), free_memory(device)
     tokens = grid[0] * grid[1] * grid[2]
     needed = {recompute: activation_bytes(dit.config, tokens, block, width, recompute) for recompute in RECOMPUTE}
     ways = RECOMPUTE if any(True for _ in dit.blocks.parameters()) else RECOMPUTE[1:]
@@ -372,7 +360,7 @@ def parser() -> Parser:
     model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
     clip = p.add_argument_group("clip and prompt")
     clip.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
-    clip.add_argument("--prompt", help=f'what the new video shows ("{demo.wanted_scene().caption}")')
+    clip.add_argument("--prompt", help=f'what the new video shows ("{demo.target_scene().caption}")')
     clip.add_argument("--negative", help="what it should not look like (Wan's default, tiny none)")
     clip.add_argument("--frames", type=int, help=f"4k+1, at {c.fps:g} a second ({c.frames}, tiny {t.frames})")
     size = f"{c.height}x{c.width}, tiny {t.height}x{t.width}"
@@ -399,7 +387,7 @@ def config_of(args: Namespace, base: MotionConfig) -> MotionConfig:
     given = {name: getattr(args, name) for name in ("amf", "interval", "steps", "frames", "negative")}
     given |= dict(zip(("height", "width"), args.size or (None, None)))
     given = {name: value for name, value in given.items() if value is not None}
-    knobs = parse_knobs(base, args.set)
+    knobs = parse_options(base, args.set)
     if twice := sorted(given.keys() & knobs.keys()):
         raise ValueError(f"{', '.join(twice)} given twice, by a flag and by --set: keep one")
     config = replace(base, **given, **knobs)
@@ -489,7 +477,7 @@ def program(argv: list[str] | None) -> None:
     if args.decode:
         finish(args.decode, device, args.png)
         return
-    name, parts = outline(args.model)
+    name, parts = build_modules(args.model)
     config = config_of(args, TINY_MOTION if name == "tiny" else MotionConfig())
     config.block_of(parts["dit"])  # raises before anything is loaded
     if args.dry_run:
@@ -500,7 +488,7 @@ def program(argv: list[str] | None) -> None:
         raise ValueError("--compile needs blocks that stay on the device, got --offload blocks (or --memory chose it)")
     if args.model is None:
         args.model, args.ref, args.unguided = demo.CHECKPOINT, args.ref or demo.REFERENCE, True
-        args.prompt = demo.wanted_scene().caption if args.prompt is None else args.prompt
+        args.prompt = demo.target_scene().caption if args.prompt is None else args.prompt
     if args.ref is None or args.prompt is None:
         raise ValueError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not args.prompt.strip():
@@ -524,7 +512,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
     settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
     facts = {"offload": args.offload, "compile": args.compile}
-    facts |= {"versions": versions(), "checkpoint_sha256": digests(args.model)}
+    facts |= {"versions": versions(), "checkpoint_sha256": checkpoint_hashes(args.model)}
 
     def save(result: Transfer) -> None:
         flows = dict(zip(FLOWS, result.flows))

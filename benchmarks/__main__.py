@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import ROOT
-from wan_mini.runtime import Parser, pick_device
+from wan_mini.device.select import pick_device
+from wan_mini.runs.cli import Parser
 
 ON_A_GPU = (
     "gradient --size 1.3B --repeats 3",

@@ -29,7 +29,9 @@ import torch
 
 import fastvmt
 from benchmarks.models import SIZES
-from wan_mini.runtime import DTYPES, Parser, free_bytes, pick_device, pick_dtype
+from wan_mini.device.memory import free_memory
+from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.runs.cli import Parser
 
 ROOT = Path(fastvmt.__file__).parent
 SHORT = 5.0  # seconds of a call that others take turns with: a longer one outlasts most of the drift
@@ -211,7 +213,7 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
 
 def available_bytes(device: torch.device) -> int:
     """Memory that new tensors may take; a CPU has no error to catch when it runs out."""
-    free = free_bytes(device)
+    free = free_memory(device)
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if free is None else free
 
 

@@ -14,9 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.common import Bench, difference, parser
 from benchmarks.models import copy_weights, diffusers_class, random_dit, random_inputs
+from wan_mini.device.flops import forward_flops
+from wan_mini.device.select import compile_blocks
 from wan_mini.dit import WanDiT, rope_table
-from wan_mini.flops import forward_flops
-from wan_mini.runtime import compile_blocks
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # norm of the difference over the norm
 

@@ -19,8 +19,8 @@ from benchmarks.models import random_dit, random_inputs
 from benchmarks.released import ReleasedGuide, flush, released_optimize
 from fastvmt import Guide
 from skip_optim import optimize
+from wan_mini.device.flops import gradient_flops
 from wan_mini.dit import Attention, WanDiT
-from wan_mini.flops import gradient_flops
 from wan_mini.scheduler import FlowEuler
 
 # Norm of two gradients' difference over the norm of one, at most: where the arithmetic is the same (a GPU adds in any

@@ -22,7 +22,7 @@ from benchmarks.models import Size, random_dit, random_module
 from benchmarks.released import ReleasedGuide, released_optimize
 from fastvmt import Guide, MotionConfig
 from skip_optim import optimize
-from wan_mini.flops import forward_flops, gradient_flops
+from wan_mini.device.flops import forward_flops, gradient_flops
 from wan_mini.load import Wan
 from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
 from wan_mini.tokenizer import Tokenizer

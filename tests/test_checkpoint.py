@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from wan_mini.load import load_vae
-from wan_mini.runtime import digest
+from wan_mini.runs.provenance import sha256_file
 from wan_mini.tiny import demo, evaluate
 from wan_mini.tiny.data import to_videos
 from wan_mini.tiny.world import KINDS, make_clip
@@ -23,7 +23,7 @@ def test_the_hashes_are_those_of_the_files():
     files = {path.relative_to(demo.CHECKPOINT).as_posix(): path for path in demo.CHECKPOINT.rglob("*.*")}
     assert {name for name, _, _ in named} == {name for name, path in files.items() if path.is_file()} - {"README.md"}
     for name, size, sha256 in named:
-        assert files[name].stat().st_size == int(size) and digest(files[name]) == sha256
+        assert files[name].stat().st_size == int(size) and sha256_file(files[name]) == sha256
     assert sum(int(size) for _, size, _ in named) <= 16e6
 
 

@@ -16,13 +16,13 @@ def test_the_bundled_clip_is_the_seeds():
 
 
 def test_the_prompt_keeps_nothing_of_the_clip():
-    clip, scene = demo.reference_clip(), demo.wanted_scene()
+    clip, scene = demo.reference_clip(), demo.target_scene()
     assert scene.background != clip.background
     assert not {word for pair in scene.objects for word in pair} & {word for pair in clip.objects for word in pair}
 
 
 def test_a_verdict_only_on_the_default_run():
-    clip, caption = read_video(demo.REFERENCE), demo.wanted_scene().caption
+    clip, caption = read_video(demo.REFERENCE), demo.target_scene().caption
     assert demo.is_default(clip, caption)
     assert not demo.is_default(clip, caption.lower())
     assert not demo.is_default(clip[:17], caption)
@@ -31,7 +31,7 @@ def test_a_verdict_only_on_the_default_run():
 
 def test_the_verdict_on_the_clip_itself():
     """A perfect motion, and everything else as it should not be."""
-    clip, scene = demo.reference_clip(), demo.wanted_scene()
+    clip, scene = demo.reference_clip(), demo.target_scene()
     (seen,), _ = read_scene(clip.frames, label(clip.frames), scene)
     said = demo.verdict(clip.frames)
     assert said.startswith("correlation 1.00 with the true path, 0.")

@@ -7,8 +7,8 @@ import torch
 from conftest import error, golden, weights
 
 from wan_mini.config import TINY, DiTConfig
+from wan_mini.device.select import compile_blocks
 from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT, apply_rope, rope_table
-from wan_mini.runtime import compile_blocks
 
 SMALL = DiTConfig(dim=48, ffn_dim=64, num_heads=3, num_layers=4, freq_dim=32, text_dim=10, text_len=6)
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 import fastvmt
 from fastvmt import Guide, MotionConfig, main, transfer
-from wan_mini.generate import NEGATIVE, encode_prompts, generate
+from wan_mini.device.memory import Plan
+from wan_mini.device.offload import resident
+from wan_mini.device.select import compile_blocks
+from wan_mini.generate import generate
 from wan_mini.load import load_wan
-from wan_mini.offload import resident
-from wan_mini.plan import Plan
-from wan_mini.runtime import compile_blocks
+from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.world import make_clip
 from wan_mini.video import read_video, to_model, write_video
@@ -345,7 +346,7 @@ def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch)
 
 
 def test_recomputing_for_lack_of_memory_is_said(folder, tmp_path, clip, capsys, monkeypatch):
-    monkeypatch.setattr(fastvmt, "least_recompute", lambda *_: "selective")
+    monkeypatch.setattr(fastvmt, "choose_recompute", lambda *_: "selective")
     ref = next(films(tmp_path, clip))
     command = ["--model", str(folder), "--ref", str(ref), "--prompt", "a ball", *FLAGS, "--out", str(tmp_path / "run")]
     assert main(command) == 0

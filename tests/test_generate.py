@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from wan_mini import generate
-from wan_mini.generate import NEGATIVE, encode_prompts, guided_velocity, program
-from wan_mini.runtime import Stages, load_tensors, pick_device, pick_dtype, run
+from wan_mini.device.select import pick_device, pick_dtype
+from wan_mini.device.timing import StageTimer
+from wan_mini.generate import program
+from wan_mini.pipeline import guided_velocity
+from wan_mini.prompts import NEGATIVE, encode_prompts
+from wan_mini.runs.cli import run
+from wan_mini.runs.folder import load_tensors
 from wan_mini.video import read_video
 
 CPU = torch.device("cpu")
@@ -96,7 +101,7 @@ def test_devices_and_dtypes(monkeypatch):
 
 
 def test_stages_add_up():
-    stage = Stages(CPU)
+    stage = StageTimer(CPU)
     for _ in range(2):
         with stage("nap"):
             time.sleep(0.05)

@@ -20,9 +20,10 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from fastvmt import MotionConfig, transfer
 from wan_mini import load
+from wan_mini.checkpoint import CONFIGS, find_parts
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import WanDiT
-from wan_mini.layouts import CONFIGS, detect, find_parts, rename
+from wan_mini.layouts import detect, rename
 from wan_mini.tiny.world import make_clip
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE

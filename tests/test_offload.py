@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from wan_mini.config import DiTConfig, UMT5Config
+from wan_mini.device.offload import BlockStream, resident
+from wan_mini.device.select import pick_device
 from wan_mini.dit import RECOMPUTE, WanDiT
-from wan_mini.offload import BlockStream, resident
-from wan_mini.runtime import pick_device
 from wan_mini.umt5 import UMT5Encoder
 
 CPU = torch.device("cpu")

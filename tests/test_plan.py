@@ -11,8 +11,8 @@ from benchmarks.common import logged_peak
 from fastvmt import MotionConfig, one_gradient
 from wan_mini import plan
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
+from wan_mini.device.memory import Plan, as_loaded, choose, peak_bytes, plans, stage_calls
 from wan_mini.dit import RECOMPUTE, WanDiT
-from wan_mini.plan import Plan, as_loaded, choose, peak_bytes, plans, stage_calls
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import CausalConv3d, WanVAE
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from wan_mini.preview import CAPTION, draw_arrow, side_by_side, with_arrows
+from wan_mini.runs.preview import CAPTION, draw_arrow, side_by_side, with_arrows
 
 
 def changed(picture: np.ndarray) -> np.ndarray:

@@ -12,7 +12,8 @@ import tokenizers
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from wan_mini.tokenizer import Tokenizer, _CharsMap, clean_prompt
+from wan_mini.prompts import clean_prompt
+from wan_mini.tokenizer import Tokenizer, _CharsMap
 
 SENTENCES = (
     "the quick brown fox jumps over a lazy dog in morning light, running runner walks walking video of cat. "

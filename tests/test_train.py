@@ -23,7 +23,7 @@ from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VA
 from wan_mini.dit import WanDiT
 from wan_mini.generate import SAMPLING
 from wan_mini.load import load_vae, load_wan
-from wan_mini.runtime import run
+from wan_mini.runs.cli import run
 from wan_mini.tiny import data, loop, train, world
 from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
 from wan_mini.tiny.matching import matching_loss, true_places

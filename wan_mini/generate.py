@@ -4,74 +4,25 @@ python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over th
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan_mini.dit import WanDiT
+from wan_mini.device.offload import resident
+from wan_mini.device.select import DTYPES, compile_blocks, pick_device, pick_dtype
 from wan_mini.load import Wan, load_vae, load_wan
-from wan_mini.offload import resident
-from wan_mini.runtime import (
-    DTYPES,
-    Parser,
-    check_finite,
-    compile_blocks,
-    height_width,
-    load_tensors,
-    pick_device,
-    pick_dtype,
-    run,
-    save_tensors,
-)
+from wan_mini.pipeline import check_finite, decode, guided_velocity
+from wan_mini.prompts import NEGATIVE, encode_prompts
+from wan_mini.runs.cli import Parser, height_width, run
+from wan_mini.runs.folder import load_tensors, save_tensors
 from wan_mini.scheduler import FlowEuler, FlowUniPC
-from wan_mini.tokenizer import clean_prompt
-from wan_mini.vae import WanVAE
-from wan_mini.video import from_model, valid_frames, valid_size, write_video
+from wan_mini.video import valid_frames, valid_size, write_video
 
-# The original's default (wan/configs/shared_config.py), what a video should not look like: garish colors, static,
-# overexposed, blurred, subtitles, painting, grayish, worst quality, ugly, extra fingers, badly drawn hands and faces,
-# deformed, messy background, three legs, many people in the background, walking backwards, ...
-NEGATIVE = (
-    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
-    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
-    "杂乱的背景，三条腿，背景人很多，倒着走"
-)
 # Shift, cfg and negative prompt; others have 1.3B's (official README). The tiny model's is the empty prompt, which
 # stood in for the captions left out in its training: Chinese is unknown tokens to it.
 SAMPLING = {"Wan2.1-T2V-14B": (5.0, 5.0, NEGATIVE), "tiny": (3.0, 3.0, "")}
-
-
-@torch.no_grad()
-def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, blocks: bool = True) -> list[Tensor]:
-    """Text vectors of each prompt, (1, L, text_dim), cut to the prompt's own length L <= text_len.
-
-    A prompt that is too long loses its end, not its end-of-text token; the empty prompt is that token alone.
-    blocks: see offload.resident.
-    """
-    limit, texts = wan.dit.config.text_len, []
-    with resident(wan.text_encoder, device, blocks=blocks):
-        for prompt in prompts:
-            ids = wan.tokenizer.encode(clean_prompt(prompt))
-            if len(ids) > limit:
-                print(f"note: the prompt has {len(ids)} tokens, the model reads {limit}: its end is cut off")
-                ids = [*ids[: limit - 1], ids[-1]]
-            batch = torch.tensor([ids], device=device)  # (1, L)
-            texts.append(wan.text_encoder(batch, torch.ones_like(batch)))
-    return texts
-
-
-def guided_velocity(dit: WanDiT, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor, cfg: float) -> Tensor:
-    """Velocity by classifier-free guidance, u + cfg (c - u): two passes, or one where cfg is 1."""
-    timestep = timestep.reshape(1)
-    conditional = dit(x, timestep, text)
-    if cfg == 1:
-        return conditional
-    unconditional = dit(x, timestep, negative)
-    return unconditional + cfg * (conditional - unconditional)
 
 
 @torch.no_grad()
@@ -101,13 +52,6 @@ def generate(
             x = scheduler.step(index, x, velocity)
             check_finite(x, index, len(scheduler.timesteps))
     return x
-
-
-@torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, device: torch.device, tile: int | None = None) -> np.ndarray:
-    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8; tile (pixels) bounds memory, see WanVAE."""
-    with resident(vae, device):
-        return from_model(vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode")))
 
 
 def parser() -> Parser:

@@ -10,7 +10,6 @@ one place, has the right shape, is finite, and no weight matrix is all zero.
 import json
 import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -19,10 +18,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from wan_mini.checkpoint import CONFIGS, DTYPES, Entry, Part, find_parts, read_json, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import FP32_PARTS, WanDiT
-from wan_mini.layouts import CONFIGS, DTYPES, Entry, Part, find_parts, read_json, read_tensors
-from wan_mini.runtime import Parser
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -57,27 +55,29 @@ def load_wan(folder: str | Path, *, device: torch.device | str, dtype: torch.dty
     weight is read. Raises FileNotFoundError for a missing part, ValueError for a bad one, in one line that says which.
     """
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"no folder {folder}: {advice('dit')}, with its other files, and give their folder")
+        raise FileNotFoundError(
+            f"no folder {folder}: {download_hint('dit')}, with its other files, and give their folder"
+        )
     parts, tokenizer = find_parts(Path(folder)), load_tokenizer(folder)
-    modules = {kind: blueprint(pick(parts, kind, folder)) for kind in MODULES}
+    modules = {kind: build_and_check(require_part(parts, kind, folder)) for kind in MODULES}
     for kind, module in modules.items():
-        fill(module, parts[kind], device, torch.float32 if kind == "vae" else dtype)
+        load_weights(module, parts[kind], device, torch.float32 if kind == "vae" else dtype)
     return Wan(**modules, tokenizer=tokenizer, name=NAMES.get(modules["dit"].config, "custom"))
 
 
-def outline(model: str | Path | None) -> tuple[str, dict[str, nn.Module]]:
+def build_modules(model: str | Path | None) -> tuple[str, dict[str, nn.Module]]:
     """Name and weightless parts (on the meta device) of a checkpoint folder; if there is none, of a preset's name.
 
     None is the tiny preset. Raises FileNotFoundError, or ValueError as load_wan.
     """
     if model is not None and Path(model).exists():
         found = find_parts(Path(model))
-        parts = {kind: blueprint(pick(found, kind, model)) for kind in MODULES}
+        parts = {kind: build_and_check(require_part(found, kind, model)) for kind in MODULES}
         return NAMES.get(parts["dit"].config, "custom"), parts
     presets = {name: (dit, WAN_VAE, UMT5_XXL) for dit, name in NAMES.items()} | {"tiny": (TINY, TINY_VAE, TINY_UMT5)}
     name = "tiny" if model is None else str(model)
     if name not in presets:
-        raise FileNotFoundError(f"{model} does not exist: give a checkpoint folder, {advice('dit')}")
+        raise FileNotFoundError(f"{model} does not exist: give a checkpoint folder, {download_hint('dit')}")
     with torch.device("meta"):
         return name, {kind: MODULES[kind](config) for kind, config in zip(MODULES, presets[name])}
 
@@ -120,14 +120,14 @@ def save_wan(folder: str | Path, dit: WanDiT, vae: WanVAE, text_encoder: UMT5Enc
 
 def load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """Find, check and read one part."""
-    part = pick(find_parts(Path(path)), kind, path)
-    return fill(blueprint(part), part, device, dtype)
+    part = require_part(find_parts(Path(path)), kind, path)
+    return load_weights(build_and_check(part), part, device, dtype)
 
 
-def pick(parts: dict[str, Part], kind: str, path: str | Path) -> Part:
+def require_part(parts: dict[str, Part], kind: str, path: str | Path) -> Part:
     """The part of this kind. Raises FileNotFoundError that says where to get it."""
     if kind not in parts:
-        raise FileNotFoundError(f"no {kind} in {path}, {advice(kind)}")
+        raise FileNotFoundError(f"no {kind} in {path}, {download_hint(kind)}")
     return parts[kind]
 
 
@@ -135,20 +135,20 @@ def find_tokenizer(path: Path) -> Path:
     """The only tokenizer.json below a folder, or the file itself. Raises FileNotFoundError, or ValueError on two."""
     files = sorted(path.rglob("tokenizer.json")) if path.is_dir() else [path]
     if not files or not files[0].exists():
-        raise FileNotFoundError(f"no tokenizer in {path}, {advice('tokenizer')}")
+        raise FileNotFoundError(f"no tokenizer in {path}, {download_hint('tokenizer')}")
     if len(files) > 1:
         raise ValueError(f"{files[0]} and {files[1]} are both tokenizers: keep one of them")
     return files[0]
 
 
-def advice(kind: str) -> str:
+def download_hint(kind: str) -> str:
     """The exact files and repositories that hold a part."""
     original, diffusers, comfy = SOURCES[kind]
     options = [f"{original} of {ORIGINAL}", f"{diffusers} of {ORIGINAL}-Diffusers"]
     return "get " + ", or ".join(options + ([f"split_files/{comfy} of {COMFY}"] if comfy else []))
 
 
-def claim(part: Part) -> dict[str, Entry]:
+def index_tensors(part: Part) -> dict[str, Entry]:
     """{our name: where it is}, once every tensor is known to be of a plain dtype and to come from one file only."""
     entries: dict[str, Entry] = {}
     for name, entry in part.tensors:
@@ -162,14 +162,14 @@ def claim(part: Part) -> dict[str, Entry]:
     return entries
 
 
-def blueprint(part: Part) -> nn.Module:
+def build_and_check(part: Part) -> nn.Module:
     """The part's module on the meta device, once the headers alone have shown that the files fill it exactly."""
-    kind, where, entries = part.layout.part, part.where, claim(part)
+    kind, where, entries = part.layout.part, part.where, index_tensors(part)
     shapes = {name: entry.shape for name, entry in entries.items()}
     try:
         config = CONFIGS[kind](shapes, part.configs)
     except KeyError as name:
-        raise ValueError(f"{where}: tensor {name} is missing{lost_shards(part)}") from None
+        raise ValueError(f"{where}: tensor {name} is missing{missing_shards(part)}") from None
     except ValueError as problem:
         raise ValueError(f"{where}: {problem}; is its config.json beside it?") from None
     with torch.device("meta"):
@@ -183,26 +183,26 @@ def blueprint(part: Part) -> nn.Module:
     }
     for fault, names in faults.items():
         if names:
-            raise ValueError(f"{where}: {len(names)} tensors {fault}: {few(names)}{lost_shards(part)}")
+            raise ValueError(f"{where}: {len(names)} tensors {fault}: {abbreviate(names)}{missing_shards(part)}")
     return module
 
 
-def few(items: list[str]) -> str:
+def abbreviate(items: list[str]) -> str:
     """The first three, and how many more there are."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
-def lost_shards(part: Part) -> str:
+def missing_shards(part: Part) -> str:
     """The files that an index beside a part's shards lists and the disk lacks, as the end of a message."""
     for index in sorted({index for file in part.files for index in file.parent.glob("*.index.json")}):
         listed = set(read_json(index)["weight_map"].values())
         lost = sorted(name for name in listed if not (index.parent / name).exists())
         if lost and listed & {file.name for file in part.files}:
-            return f"; {index} also lists {few(lost)}: get what is not there"
+            return f"; {index} also lists {abbreviate(lost)}: get what is not there"
     return ""
 
 
-def fill(module: nn.Module, part: Part, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def load_weights(module: nn.Module, part: Part, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """Read, cast and move one tensor at a time, so that the peak is the module and the mapped pages of one shard."""
     islands = FP32_PARTS if part.layout.part == "dit" else ()
     state: dict[str, Tensor] = {}
@@ -223,81 +223,3 @@ def fill(module: nn.Module, part: Part, device: torch.device | str, dtype: torch
     module.load_state_dict(state, strict=True, assign=True)
     assert not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
     return module.eval().requires_grad_(False)
-
-
-# The command line.
-
-
-def inspect(path: Path) -> bool:
-    """Print each part found, broken or missing, from headers alone; True if all are there and fit."""
-    parts, complete = find_parts(path), True
-    for kind in SOURCES:
-        try:
-            facts = describe(pick(parts, kind, path)) if kind in MODULES else find_tokenizer(path)
-            print(f"[ok]      {kind}: {facts}")
-        except FileNotFoundError as problem:
-            complete = False
-            print(f"[missing] {kind}: {problem}")
-        except ValueError as problem:
-            complete = False
-            print(f"[broken]  {kind}: {problem}")
-    return complete
-
-
-def describe(part: Part) -> str:
-    """One part in one line. Raises ValueError if it is incomplete."""
-    module = blueprint(part)
-    dtypes = "/".join(sorted({entry.dtype for _, entry in part.tensors}))
-    parameters = sum(parameter.numel() for parameter in module.parameters())
-    size = sum(file.stat().st_size for file in part.files)
-    return f"{part.layout.naming} names, {dtypes}, {parameters:,} parameters, {size / 1e9:.2f} GB, {part.where}"
-
-
-@torch.no_grad()
-def trace(path: str | Path) -> dict[str, Tensor]:
-    """The output of every embedding, block and head of a DiT, in float32, for one seeded random input."""
-    dit = load_dit(path, device="cpu", dtype=torch.float32)
-    outputs: dict[str, Tensor] = {}
-    for name, module in dit.named_modules():
-        if re.fullmatch(r"\w+_\w+|blocks\.\d+|head", name):  # \w+_\w+: the embeddings and the time projection
-            module.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
-    random, config = torch.Generator().manual_seed(0), dit.config
-    size = [n * p for n, p in zip((2, 4, 6), config.patch_size)]  # a grid of 2 x 4 x 6 tokens
-    latents = torch.randn(1, config.in_dim, *size, generator=random)
-    dit(latents, torch.tensor([500.0]), torch.randn(1, 7, config.text_dim, generator=random))
-    return outputs
-
-
-def compare(a: str | Path, b: str | Path) -> bool:
-    """Print the difference of two DiT checkpoints stage by stage, up to the first that differs; True if none does."""
-    ours, theirs = trace(a), trace(b)
-    if {name: x.shape for name, x in ours.items()} != {name: x.shape for name, x in theirs.items()}:
-        raise ValueError(f"{a} and {b} are models of different sizes")
-    for name, x in ours.items():
-        error = (x - theirs[name]).abs()
-        same = error.max() <= 1e-5 * x.abs().max()
-        print(f"[{'ok' if same else 'diff'}]".ljust(6), f"{name:16} max={error.max():.1e} mean={error.mean():.1e}")
-        if not same:
-            print(f"first difference: {name}")
-            return False
-    return True
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 complete or equal, 1 incomplete or different, 2 an error."""
-    parser = Parser(prog="python -m wan_mini.load", description="Look into Wan 2.1 checkpoints.")
-    parser.add_argument("folder", nargs="?", type=Path, help="checkpoint folder or weight file to describe")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two DiT checkpoints to run on the same input")
-    options = parser.parse_args(argv)
-    if (options.folder is None) == (options.compare is None):
-        parser.error("give either a FOLDER or --compare A B")
-    try:
-        good = compare(*options.compare) if options.compare else inspect(options.folder)
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        return 2
-    return 0 if good else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

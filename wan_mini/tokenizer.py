@@ -8,7 +8,6 @@ to `text_len` and filling with `Tokenizer.pad_id` is the caller's business.
 """
 
 import base64
-import html
 import json
 import re
 import struct
@@ -22,33 +21,6 @@ MARK = "▁"  # stands for a space
 # Unicode's White_Space, the file format's idea of a space; `str.isspace` would add four control characters.
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 UNKNOWN_PENALTY = 10.0  # an unknown character scores this much less than the worst piece (sentencepiece)
-
-
-def clean_prompt(text: str) -> str:
-    """Clean a prompt as Wan does: `ftfy.fix_text`, `html.unescape` twice, every run of white space to one space, strip.
-
-    Of ftfy's defaults it does, until nothing changes: entities (unless the text holds a "<"), Windows-1252 controls,
-    Latin ligatures, character width, curly quotes, lone surrogates, terminal colors, control characters, NFC.
-    So the full-width commas of Wan's negative prompt become ASCII. Lost: the repair of wrongly decoded text ("cafÃ©")
-    and of upper-case entities ("&NTILDE;"), and that ftfy looks for the "<" line by line.
-
-    Source: Wan 2.1, wan/modules/tokenizers.py; ftfy 6.3.
-    """
-    before, is_markup = None, "<" in text
-    while text != before:
-        before = text
-        if not is_markup:
-            text = re.sub("&#?[0-9A-Za-z]{1,24};", lambda match: html.unescape(match[0]), text)
-        text = re.sub("[\x80-\x9f]", lambda match: html.unescape(f"&#{ord(match[0])};"), text)
-        # NFKC for widths and ligatures only: on the rest it would change what is said ("10²" is not "102").
-        folded = "[\u3000\uff01-\uffef\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]"
-        text = re.sub(folded, lambda match: unicodedata.normalize("NFKC", match[0]), text.replace("\ufb05", "\u017ft"))
-        text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        text = re.sub("\x1b\\[[0-9;]*[a-zA-Z]", "", text)
-        text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
-        text = unicodedata.normalize("NFC", text)
-    return re.sub(f"[{SPACES}]+", " ", html.unescape(html.unescape(text))).strip()
 
 
 class Tokenizer:

@@ -14,7 +14,7 @@ from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
-from wan_mini.runtime import digest
+from wan_mini.runs.provenance import sha256_file
 from wan_mini.tiny import world
 from wan_mini.tiny.loop import Job, replace_file
 from wan_mini.tiny.world import FRAMES, Clip, make_clip
@@ -34,7 +34,7 @@ def cached(
     Also returns the captions. Shards that are there, from the world as it is, are not made again. Raises SystemExit
     when the time is over.
     """
-    folder = job.work / f"{name}-{digest(Path(world.__file__))[:8]}"
+    folder = job.work / f"{name}-{sha256_file(Path(world.__file__))[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     ranges = [range(at, min(at + SHARD, clips)) for at in range(0, clips, SHARD)]
     files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}

@@ -20,7 +20,7 @@ def reference_clip() -> Clip:
     return make_clip(SEED, KIND, "held-out")
 
 
-def wanted_scene() -> Scene:
+def target_scene() -> Scene:
     """What the default prompt, its caption, asks for: another shape in another color on another ground."""
     return other_scene(make_clip(SEED, KIND, "held-out", frames=[]), SEED)
 
@@ -29,12 +29,12 @@ def is_default(clip: np.ndarray, prompt: str) -> bool:
     """Whether a run is of the bundled clip, all of it, and of the default prompt, so that a verdict has a meaning."""
     truth = reference_clip().frames
     same = clip.shape == truth.shape and np.abs(clip.astype(int) - truth).mean() < 4  # levels: the file is compressed
-    return same and prompt == wanted_scene().caption
+    return same and prompt == target_scene().caption
 
 
 def verdict(frames: np.ndarray) -> str:
     """One line on how far frames (33,128,192,3) uint8 follow the bundled clip and show the default prompt."""
-    scene = wanted_scene()
+    scene = target_scene()
     objects, _ = read_scene(frames, label(frames), scene)
     found = score(frames, reference_clip(), scene)
     seen = " and ".join(f"{color or 'no'} {shape or 'shape'}" for shape, color in objects)

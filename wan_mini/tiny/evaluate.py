@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.load import load_wan
-from wan_mini.runtime import DTYPES, Parser, parse_knobs, pick_device, pick_dtype, run
+from wan_mini.runs.cli import Parser, parse_options, run
 from wan_mini.tiny.measure import label, read_scene, score
 from wan_mini.tiny.world import FRAMES, KINDS, SPLITS, Clip, Scene, make_clip, other_scene
 
@@ -142,7 +143,7 @@ def program(argv: list[str] | None = None) -> None:
                          f"choose from {','.join(SETTINGS)}, and at least one clip of each sort")  # fmt: skip
     device, method = pick_device(args.device), import_module(args.method)
     settings = {name: SETTINGS[name] for name in names}
-    settings |= {knobs: parse_knobs(method.TINY_MOTION, knobs.split(), "--vary") for knobs in args.vary}
+    settings |= {knobs: parse_options(method.TINY_MOTION, knobs.split(), "--vary") for knobs in args.vary}
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
 
     def video(clip: Clip, prompt: str, setting: str, seed: int) -> tuple[np.ndarray, int]:

@@ -18,7 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wan_mini.runtime import digest, has_amx, pick_dtype
+from wan_mini.device.select import has_amx, pick_dtype
+from wan_mini.runs.provenance import sha256_file
 from wan_mini.tiny.muon import Muon, split_parameters
 
 SAVE_EVERY = 300  # seconds
@@ -194,5 +195,5 @@ def readme(folder: Path, records: dict[str, dict]) -> str:
         lines += [f"| {key} | {value} |" for key, value in record.items()]
     lines += ["", "## Files", "", "| file | bytes | sha256 |", "|---|---|---|"]
     for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != "README.md"):
-        lines.append(f"| {file.relative_to(folder).as_posix()} | {file.stat().st_size} | `{digest(file)}` |")
+        lines.append(f"| {file.relative_to(folder).as_posix()} | {file.stat().st_size} | `{sha256_file(file)}` |")
     return "\n".join(lines) + "\n"

@@ -34,10 +34,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
+from wan_mini.device.select import pick_device
 from wan_mini.dit import WanDiT
-from wan_mini.generate import SAMPLING, decode, generate
+from wan_mini.generate import SAMPLING, generate
 from wan_mini.load import Wan, load_vae, load_wan, save_wan
-from wan_mini.runtime import Parser, digest, pick_device, run
+from wan_mini.pipeline import decode
+from wan_mini.runs.cli import Parser, run
+from wan_mini.runs.provenance import sha256_file
 from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
@@ -365,7 +368,7 @@ def latents_of(
     job: Job, vae: WanVAE, phases: Sequence[tuple]
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, list[str]]]:
     """Shards of latents of each sort of training data that the phases take, and their captions."""
-    code, coder, shards, captions = digest(job.folder / VAE_FILE)[:8], partial(encode, vae, job.device), {}, {}
+    code, coder, shards, captions = sha256_file(job.folder / VAE_FILE)[:8], partial(encode, vae, job.device), {}, {}
     wanted = {sort for _, turns in phases for sort, *_ in turns}
     for name, make in (("pictures", make_picture), ("clips", make_clip), ("closeups", make_closeup)):
         if name in wanted:

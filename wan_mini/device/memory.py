@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from wan_mini import dit as dit_module
+from wan_mini.device.offload import OFFLOAD
 from wan_mini.dit import FP32_PARTS, RECOMPUTE
-from wan_mini.offload import OFFLOAD
 
 PART = {"text": "text_encoder", "encode": "vae", "guide": "dit", "denoise": "dit", "decode": "vae"}  # at work
 # The fastest first; with blocks elsewhere a backward that recomputes nothing would keep them all.
@@ -96,7 +96,7 @@ def weight_bytes(parts: Mapping[str, nn.Module], offload: str) -> dict[str, int]
 
 
 def as_loaded(parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Give weightless parts (load.outline) the dtypes that load_wan gives them, and no gradients."""
+    """Give weightless parts (load.build_modules) the dtypes that load_wan gives them, and no gradients."""
     for name, part in parts.items():
         part.requires_grad_(False)
         for key, weight in part.named_parameters():
@@ -151,3 +151,11 @@ def choose(plans: list[Plan], budget: float) -> Plan:
     advice = "--set vae_tile=256" if PART[stage] == "vae" else "fewer --frames or a smaller --size"
     least = leanest.peak / 0.9
     raise ValueError(f"--memory must be at least {least:.1f} here (to {stage}), got {budget:g}: try {advice}")
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Memory of a GPU that new tensors may take; None for a CPU, which shares its memory with everything else."""
+    if device.type != "cuda":
+        return None
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # held by torch, but unused
+    return torch.cuda.mem_get_info(device)[0] + cached

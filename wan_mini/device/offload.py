@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._mode_utils import no_dispatch
 
-from wan_mini.runtime import side_stream
+from wan_mini.device.select import side_stream
 
 # What is on the device: all parts; the part at work; of the part at work, three blocks and what is not in a block.
 OFFLOAD = ("none", "parts", "blocks")

@@ -1,0 +1,1 @@
+"""Where a model runs: device and dtype, memory, offloading, time."""
