@@ -6,8 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from wan_mini import flops
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig
+from wan_mini.device import flops
 from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT
 
 SMALL = DiTConfig(dim=96, ffn_dim=200, num_heads=2, num_layers=4, freq_dim=64, text_dim=24, text_len=8)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 import losses
 import skip_optim
 import window
-from wan_mini import dit, flops, layouts, tokenizer, umt5, vae
+from wan_mini import dit, layouts, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
+from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import FlowEuler, FlowUniPC, shift_sigma

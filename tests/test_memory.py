@@ -9,8 +9,8 @@ from torch import nn
 
 from benchmarks.common import logged_peak
 from fastvmt import MotionConfig, one_gradient
-from wan_mini import plan
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
+from wan_mini.device import memory
 from wan_mini.device.memory import Plan, as_loaded, choose, peak_bytes, plans, stage_calls
 from wan_mini.dit import RECOMPUTE, WanDiT
 from wan_mini.umt5 import UMT5Encoder
@@ -65,7 +65,7 @@ def test_what_is_foreseen_is_what_is_used(stage, monkeypatch):
 
 def test_the_leanest_that_is_fast_enough_is_chosen():
     found = plans(parts("meta", torch.bfloat16), CONFIG, gradient)
-    assert [(way.offload, way.recompute) for way in found] == plan.WAYS
+    assert [(way.offload, way.recompute) for way in found] == memory.WAYS
     assert all(set(way.stages) == {"text", "encode", "guide", "denoise", "decode"} for way in found)
     for lean, rich in zip(found[1:3], found):
         assert lean.stages["guide"] < rich.stages["guide"]
