@@ -43,7 +43,7 @@ from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import checkpoint_hashes, versions
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
-from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
+from wan_mini.video import read_video, to_tensor, valid_frames, valid_size, write_video
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents
@@ -184,7 +184,7 @@ def transfer(
         text, negative_text, null = encode_prompts(wan, prompts, device, blocks=blocks)
     with stage("encode"), resident(wan.vae, device):
         bar = partial(tqdm, desc="encode")
-        z_ref = wan.vae.encode(to_model(clip).to(device), tile=config.vae_tile, progress=bar)
+        z_ref = wan.vae.encode(to_tensor(clip).to(device), tile=config.vae_tile, progress=bar)
     noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
 

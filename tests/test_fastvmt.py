@@ -26,7 +26,7 @@ from wan_mini.load import load_wan
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.world import make_clip
-from wan_mini.video import read_video, to_model, write_video
+from wan_mini.video import read_video, to_tensor, write_video
 
 CPU = torch.device("cpu")
 SMALL = MotionConfig(
@@ -79,7 +79,7 @@ def test_without_guidance_it_is_euler_with_cfg(wan, clip, strength, words):
     got = transfer(wan, clip, "a ball", config, seed=5)
     with torch.no_grad():
         text, negative = encode_prompts(wan, ["a ball", words], CPU)
-        z = wan.vae.encode(to_model(clip))
+        z = wan.vae.encode(to_tensor(clip))
         noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
         u = [strength * (1 - i / 4) for i in range(5)]
         sigma = [3 * a / (1 + 2 * a) for a in u]

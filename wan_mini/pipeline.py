@@ -10,7 +10,7 @@ from tqdm import tqdm
 from wan_mini.device.offload import resident
 from wan_mini.dit import WanDiT
 from wan_mini.vae import WanVAE
-from wan_mini.video import from_model
+from wan_mini.video import to_uint8
 
 
 def check_finite(latents: Tensor, step: int, steps: int) -> None:
@@ -34,4 +34,4 @@ def guided_velocity(dit: WanDiT, x: Tensor, timestep: Tensor, text: Tensor, nega
 def decode(vae: WanVAE, latents: Tensor, device: torch.device, tile: int | None = None) -> np.ndarray:
     """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8; tile (pixels) bounds memory, see WanVAE."""
     with resident(vae, device):
-        return from_model(vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode")))
+        return to_uint8(vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode")))
