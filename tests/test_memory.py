@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import logged_peak
+from benchmarks.speed.measure import logged_peak
 from fastvmt import MotionConfig, one_gradient
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import memory
