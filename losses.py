@@ -47,3 +47,14 @@ def window_loss(k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, in
 def total_loss(amf: Tensor, window: Tensor, weights: tuple[float, float] = (5.0, 1.0)) -> Tensor:
     """Weighted sum of the two losses: Eq. 8."""
     return weights[0] * amf + weights[1] * window
+
+
+def key_gradient_norms(amf: Tensor, window: Tensor, weights: tuple[float, float], k: Tensor) -> dict[str, float]:
+    """Norm of each weighted loss's gradient at the keys k (1,N,M,D), on which both losses act."""
+    norms = {}
+    for name, loss in (("amf", weights[0] * amf), ("window", weights[1] * window)):
+        norms[name] = 0.0
+        if loss.requires_grad:  # one pair has no window loss, dense flow no windows: constants
+            (gradient,) = torch.autograd.grad(loss, k, retain_graph=True)
+            norms[name] = gradient.norm().item()
+    return norms

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from wan_mini.errors import check_positive, check_range
+
 # Statistics of the official VAE's 16 latent channels (Wan 2.1, wan/modules/vae.py): latent = (mu - mean) / std.
 # fmt: off
 WAN_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -69,3 +71,29 @@ UMT5_XXL = UMT5Config(vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_
 TINY = DiTConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=64, text_len=64)
 TINY_VAE = VAEConfig(dim=16, num_res_blocks=1)
 TINY_UMT5 = UMT5Config(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
+
+
+def latent_shape(frames: int, height: int, width: int, channels: int = 16) -> tuple[int, int, int, int, int]:
+    """(1, C, F, h, w) of the latents of a clip."""
+    return 1, channels, (frames - 1) // 4 + 1, height // 8, width // 8
+
+
+def token_grid(frames: int, height: int, width: int) -> tuple[int, int, int]:
+    """(F, H, W) of the tokens of a clip."""
+    return (frames - 1) // 4 + 1, height // 16, width // 16
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """Size and rate of a clip, reference and result alike. Defaults: Wan 2.1's, and FastVMT Sec. 4.1."""
+
+    height: int = 480  # pixels, multiple of 16
+    width: int = 832
+    frames: int = 81  # 4k+1; motion needs at least 5
+    fps: float = 16.0  # frames a second; a reference is resampled to it
+
+    def __post_init__(self) -> None:
+        check_range("height", self.height, 16)
+        check_range("width", self.width, 16)
+        check_range("frames", self.frames, 1)
+        check_positive("fps", self.fps)

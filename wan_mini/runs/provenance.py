@@ -2,13 +2,14 @@
 
 import hashlib
 import platform
-from importlib.metadata import version
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from wan_mini.checkpoint import find_parts
+PACKAGE = "fastvmt-mini"
 
 
 def sha256_file(file: Path) -> str:
@@ -20,13 +21,27 @@ def sha256_file(file: Path) -> str:
     return sha256.hexdigest()
 
 
-def checkpoint_hashes(model: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a checkpoint folder."""
-    files = sorted({file for part in find_parts(model).values() for file in part.files})
-    return {str(file.relative_to(model)): sha256_file(file) for file in tqdm(files, desc="hash", unit="file")}
+def sha256_clip(frames: np.ndarray) -> str:
+    """SHA-256 of a clip's pixels, whatever file they came from. frames (T,H,W,3) uint8."""
+    return hashlib.sha256(frames.tobytes()).hexdigest()
+
+
+def package_version() -> str:
+    """Version of this program: the installed package's, or pyproject.toml's in a source checkout."""
+    project = Path(__file__).parents[2] / "pyproject.toml"
+    if project.exists():
+        match = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.M)
+        if match:
+            return match[1]
+    try:
+        return version(PACKAGE)
+    except PackageNotFoundError:
+        return "unknown"
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the five packages."""
-    others = {name: version(name) for name in ("safetensors", "numpy", "pillow", "tqdm")}
-    return {"python": platform.python_version(), "torch": torch.__version__, **others}
+    """Versions of this program, of Python and of the five packages."""
+    found = {PACKAGE: package_version(), "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("safetensors", "numpy", "pillow", "tqdm"):
+        found[name] = version(name)
+    return found
