@@ -5,8 +5,7 @@
 
 The queries and keys of one block of the diffusion transformer show where each token goes from frame to frame: the
 Attention Motion Flow (window.py). During the first denoising steps the latents are optimized (skip_optim.py) until
-their motion flow matches the reference's (losses.py). `FastVMT` is that guidance, `transfer` a whole run, `main` the
-command line.
+their motion flow matches the reference's (losses.py). `FastVMT` is that guidance, `transfer` a whole run.
 """
 
 import math
@@ -32,8 +31,9 @@ from wan_mini.errors import check_choice, check_positive, check_range
 from wan_mini.load import Wan
 from wan_mini.pipeline import SamplingConfig, Timer, Transfer, decode, denoise, no_timer
 from wan_mini.prompts import encode_prompts
-from wan_mini.runs.cli import Parser, run
-from wan_mini.runs.program import Method, build_parser, program
+from wan_mini.runs.cli import run
+from wan_mini.runs.program import program
+from wan_mini.runs.request import Method
 from wan_mini.scheduler import FlowEuler
 from wan_mini.video import to_tensor
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
@@ -70,7 +70,6 @@ class MotionConfig(SamplingConfig):
         check_range("optim_steps", self.optim_steps, 1)
         check_range("interval", self.interval, 1)
         check_range("lr", self.lr)
-        check_range("block", self.block or 0)
         check_positive("tau", self.tau)
         check_range("tile", self.tile, 1)
         check_range("window", self.window, 1)
@@ -212,11 +211,7 @@ class FastVMT:
         return windowed_amf(q, k, self.grid, self.pairs, tau=c.tau, tile=c.tile, window=c.window, centers=centers)
 
     def clean_flow(self, latents: Tensor) -> Tensor:
-        """Flow of a clean clip from each latent frame to the next, (F-1,S,2) in tokens: the preview's arrows.
-
-        In windows around the clip's own matches, whatever guides. It is not the flow that was optimized, which is
-        that of noisy latents.
-        """
+        """Flow of a clean clip from each latent frame to the next, (F-1,S,2) in tokens, around its own matches."""
         c = self.config
         pairs = frame_pairs(self.grid[0], 1)
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
@@ -315,11 +310,6 @@ def method() -> Method:
     """What the command line needs to know of this method."""
     unguided = partial(replace, amf="none")
     return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided)
-
-
-def parser() -> Parser:
-    """The flags; their defaults are MotionConfig's."""
-    return build_parser(method())
 
 
 def main(argv: list[str] | None = None) -> int:
