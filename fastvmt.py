@@ -34,13 +34,13 @@ from wan_mini.device.offload import OFFLOAD, resident
 from wan_mini.device.select import DTYPES, compile_blocks, pick_device, pick_dtype
 from wan_mini.device.timing import StageTimer
 from wan_mini.dit import RECOMPUTE, WanDiT
-from wan_mini.load import Wan, build_modules, load_vae, load_wan
+from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
 from wan_mini.pipeline import check_finite, decode, guided_velocity
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, height_width, parse_options, run
 from wan_mini.runs.folder import check_new_folder, load_tensors, save_tensors
 from wan_mini.runs.preview import side_by_side, with_arrows
-from wan_mini.runs.provenance import checkpoint_hashes, versions
+from wan_mini.runs.provenance import versions
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
@@ -181,7 +181,7 @@ def transfer(
     stage = StageTimer(device)
     with stage("text"):
         prompts = [prompt, config.negative, ""]  # the last is no text at all
-        text, negative_text, null = encode_prompts(wan, prompts, device, blocks=blocks)
+        text, negative_text, null = encode_prompts(wan, prompts, device, offload_blocks=not blocks)
     with stage("encode"), resident(wan.vae, device):
         bar = partial(tqdm, desc="encode")
         z_ref = wan.vae.encode(to_model(clip).to(device), tile=config.vae_tile, progress=bar)
@@ -477,7 +477,10 @@ def program(argv: list[str] | None) -> None:
     if args.decode:
         finish(args.decode, device, args.png)
         return
-    name, parts = build_modules(args.model)
+    if args.model is not None and args.model.exists():
+        name, parts = build_from_folder(args.model)
+    else:
+        name, parts = build_preset("tiny" if args.model is None else str(args.model))
     config = config_of(args, TINY_MOTION if name == "tiny" else MotionConfig())
     config.block_of(parts["dit"])  # raises before anything is loaded
     if args.dry_run:
@@ -512,7 +515,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
     settings |= {"seed": args.seed, "device": device.type, "dtype": str(dtype), "config": asdict(config)}
     print(f"{wan.name} on {device}, seed {args.seed}, {len(clip)} frames of {config.height}x{config.width} to {folder}")
     facts = {"offload": args.offload, "compile": args.compile}
-    facts |= {"versions": versions(), "checkpoint_sha256": checkpoint_hashes(args.model)}
+    facts |= {"versions": versions(), "checkpoint_sha256": wan.hashes}
 
     def save(result: Transfer) -> None:
         flows = dict(zip(FLOWS, result.flows))

@@ -16,7 +16,7 @@ from wan_mini.video import from_model
 def check_finite(latents: Tensor, step: int, steps: int) -> None:
     """Raises FloatingPointError that names the step if latents hold NaN or infinity."""
     if not torch.isfinite(latents).all():
-        hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.load"
+        hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.inspect"
         raise FloatingPointError(f"latents are not finite after step {step + 1} of {steps}: {hint}")
 
 
