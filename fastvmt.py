@@ -273,7 +273,7 @@ def transfer(
     if on_latents is not None:
         on_latents(result)
     with timer("decode"), on_device(wan.vae, device):
-        result.frames = decode(wan.vae, latents, tile=config.vae_tile)
+        result.frames = decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
     return result
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import losses
 import skip_optim
 import window
-from wan_mini import dit, layouts, tokenizer, umt5, vae
+from wan_mini import checkpoint, dit, layouts, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
@@ -378,9 +378,9 @@ def test_names_and_headers(tmp_path):
             if naming == "diffusers":
                 assert layouts.rename(layout, keys) == {key: table[key] for key in keys}
     save_file({"a": torch.ones(2, 3), "b": torch.ones(2).bfloat16()}, tmp_path / "x.safetensors", {"config": "{}"})
-    ours = {entry.key: (entry.shape, entry.dtype) for entry in layouts.read_header(tmp_path / "x.safetensors")[0]}
+    ours = {entry.key: (entry.shape, entry.dtype) for entry in checkpoint.read_header(tmp_path / "x.safetensors")[0]}
     loops = {
-        key: (shape, layouts.DTYPES[dtype]) for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
+        key: (shape, checkpoint.DTYPES[dtype]) for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
     }
     assert ours == loops
 

@@ -169,7 +169,7 @@ def write_new_video(
     settings |= {**asdict(config), **asdict(clip)}
     save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
     with on_device(wan.vae, device):
-        frames = decode(wan.vae, latents)
+        frames = decode(wan.vae, latents, dtype=wan.dtype)
     print("wrote", write_video(out, frames, fps=clip.fps, metadata=settings))
 
 

@@ -123,10 +123,16 @@ def denoise(
 
 
 @torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, *, tile: int | None = None) -> np.ndarray:
-    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8, on the VAE's device; tile (pixels) bounds memory, see WanVAE."""
+def decode(
+    vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8, on the VAE's device.
+
+    tile (pixels) bounds memory, see WanVAE. dtype bfloat16: convolutions and products are rounded to it.
+    """
     device = next(vae.parameters()).device
-    video = vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode"))  # -> (1,3,T,H,W)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        video = vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode"))  # -> (1,3,T,H,W)
     return from_model(video)
 
 

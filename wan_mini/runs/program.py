@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan, estimate, memory_table
@@ -38,7 +39,7 @@ def program(method: Method, argv: list[str] | None) -> None:
         return
     timer = StageTimer(device)
     with timer("plan"):
-        name, parts = model_parts(args.model)
+        name, parts, checkpoint = open_model(args.model)
         clip, config = load_preset(demo.CHECKPOINT if name == "tiny" else args.model, method.config)
         clip, config = apply_flags(args, clip, config)
         plans = partial(plan_memory, method, parts, clip, config, dtype)
@@ -46,25 +47,29 @@ def program(method: Method, argv: list[str] | None) -> None:
             print_costs(method, name, parts, clip, config, dtype)
             return
         request = request_of(args, clip, config, device, dtype, plans)
-    execute(method, request, timer)
+    execute(method, request, checkpoint or request.model, timer)
 
 
-def model_parts(model: Path | None) -> tuple[str, dict[str, nn.Module]]:
-    """Name and weightless parts (meta) of a checkpoint folder, of a preset's name, or of the tiny model (None)."""
+def open_model(model: Path | None) -> tuple[str, dict[str, nn.Module], Checkpoint | None]:
+    """Name and weightless parts (meta) of a checkpoint folder, of a preset's name, or of the tiny model (None).
+
+    The checkpoint's headers come along, so that loading need not read them again. Raises UserError or MissingFile.
+    """
     if model is None:
-        return build_preset("tiny")
-    if model.exists():
-        return build_from_folder(model)
-    return build_preset(str(model))
+        model = demo.CHECKPOINT
+    if not model.exists():
+        return *build_preset(str(model)), None
+    checkpoint = read_checkpoint(model)
+    return *build_from_folder(checkpoint), checkpoint
 
 
-def execute(method: Method, request: Request, timer: StageTimer) -> None:
-    """Do one run. What can fail cheaply comes first; the latents are saved before they are decoded."""
+def execute(method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer) -> None:
+    """Do one run with the model. What can fail cheaply comes first; the latents are saved before they are decoded."""
     with timer("read"):
         clip, frames = read_reference(request)
     with timer("load"):
         home = request.device if request.offload == "none" else torch.device("cpu")
-        wan = load_wan(request.model, device=home, dtype=request.dtype)
+        wan = load_wan(model, device=home, dtype=request.dtype)
         if request.compile:
             compile_blocks(wan.dit)
     settings = settings_of(request, clip, frames)

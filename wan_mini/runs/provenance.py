@@ -1,9 +1,9 @@
-"""Which files and versions a result came from."""
+"""Which clip and which versions a result came from; the hashes of the weights are Wan.hashes."""
 
 import hashlib
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -12,31 +12,17 @@ import torch
 PACKAGE = "fastvmt-mini"
 
 
-def sha256_file(file: Path) -> str:
-    """SHA-256 of a file, read in pieces: it may be larger than the memory."""
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**24):
-            sha256.update(piece)
-    return sha256.hexdigest()
-
-
 def sha256_clip(frames: np.ndarray) -> str:
     """SHA-256 of a clip's pixels, whatever file they came from. frames (T,H,W,3) uint8."""
     return hashlib.sha256(frames.tobytes()).hexdigest()
 
 
 def package_version() -> str:
-    """Version of this program: the installed package's, or pyproject.toml's in a source checkout."""
-    project = Path(__file__).parents[2] / "pyproject.toml"
-    if project.exists():
-        match = re.search(r'^version = "(.+)"$', project.read_text(encoding="utf-8"), re.M)
-        if match:
-            return match[1]
-    try:
-        return version(PACKAGE)
-    except PackageNotFoundError:
-        return "unknown"
+    """Version of this program: pyproject.toml's in a source checkout, else the installed package's."""
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if pyproject.exists():
+        return re.findall(r'^version = "(.+?)"', pyproject.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    return version(PACKAGE)
 
 
 def versions() -> dict[str, str]:
