@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from losses import amf_loss, total_loss, window_loss
 from skip_optim import optimize
+from wan_mini.config import valid_frames, valid_size
 from wan_mini.device.flops import activation_bytes, forward_flops, gradient_flops
 from wan_mini.device.memory import Plan, as_loaded, choose, free_memory, plans
 from wan_mini.device.offload import OFFLOAD, resident
@@ -43,7 +44,7 @@ from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import checkpoint_hashes, versions
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
-from wan_mini.video import read_video, to_model, valid_frames, valid_size, write_video
+from wan_mini.video import read_video, to_model, write_video
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 FLOWS = ("flow_reference", "flow_result")  # as they are named beside the latents

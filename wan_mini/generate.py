@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wan_mini.config import valid_frames, valid_size
 from wan_mini.device.offload import resident
 from wan_mini.device.select import DTYPES, compile_blocks, pick_device, pick_dtype
 from wan_mini.load import Wan, load_vae, load_wan
@@ -18,7 +19,7 @@ from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, height_width, run
 from wan_mini.runs.folder import load_tensors, save_tensors
 from wan_mini.scheduler import FlowEuler, FlowUniPC
-from wan_mini.video import valid_frames, valid_size, write_video
+from wan_mini.video import write_video
 
 # Shift, cfg and negative prompt; others have 1.3B's (official README). The tiny model's is the empty prompt, which
 # stood in for the captions left out in its training: Chinese is unknown tokens to it.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from wan_mini.checkpoint import CONFIGS, DTYPES, Entry, Part, find_parts, read_json, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -83,7 +83,7 @@ def build_modules(model: str | Path | None) -> tuple[str, dict[str, nn.Module]]:
 
 
 def load_dit(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
-    """Load the DiT from a file or a checkpoint folder; its FP32_PARTS stay float32. Raises as load_wan."""
+    """Load the DiT from a file or a checkpoint folder; what keeps_float32 names stays float32. Raises as load_wan."""
     return load_part("dit", path, device, dtype)
 
 
@@ -204,13 +204,12 @@ def missing_shards(part: Part) -> str:
 
 def load_weights(module: nn.Module, part: Part, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
     """Read, cast and move one tensor at a time, so that the peak is the module and the mapped pages of one shard."""
-    islands = FP32_PARTS if part.layout.part == "dit" else ()
     state: dict[str, Tensor] = {}
     for file in part.files:
         names = {entry.key: name for name, entry in part.tensors if entry.file == file}
         for key, tensor in read_tensors(file, names):
             name = names[key]
-            target = torch.float32 if any(island in name for island in islands) else dtype
+            target = torch.float32 if part.layout.part == "dit" and keeps_float32(name) else dtype
             tensor = tensor.to(target, copy=True)  # without a copy, overwriting the file would change the model
             low, high = tensor.aminmax()  # both bounds carry a NaN along
             if not (low.isfinite() and high.isfinite()):
