@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig
 from wan_mini.device import flops
-from wan_mini.dit import FP32_PARTS, RECOMPUTE, WanDiT
+from wan_mini.dit import RECOMPUTE, WanDiT, keeps_float32
 
 SMALL = DiTConfig(dim=96, ffn_dim=200, num_heads=2, num_layers=4, freq_dim=64, text_dim=24, text_len=8)
 TOKENS = 2 * 8 * 12
@@ -58,7 +58,7 @@ def test_activation_bytes(width, recompute):
     """Against what is really alive after the forward, of two blocks more (the block being recomputed is not, then)."""
     model = WanDiT(SMALL).requires_grad_(False)
     for name, parameter in model.named_parameters():
-        if width == 2 and not any(part in name for part in FP32_PARTS):
+        if width == 2 and not keeps_float32(name):
             parameter.data = parameter.data.bfloat16()
 
     def kept(block):

@@ -11,15 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wan_mini.video import (
-    from_model,
-    nearest_frames,
-    read_video,
-    to_model,
-    valid_frames,
-    valid_size,
-    write_video,
-)
+from wan_mini.config import valid_frames
+from wan_mini.video import from_model, nearest_frames, read_video, to_model, write_video
 
 
 def moving_square(frames=17, height=64, width=96):
@@ -76,16 +69,6 @@ def one_line(error):
 
 
 # numbers
-
-
-def test_valid_frames_is_the_nearest_4k_plus_1_that_exists():
-    assert [valid_frames(n) for n in (77, 78, 79, 80, 81, 82, 5)] == [77, 77, 77, 81, 81, 81, 5]
-    assert [valid_frames(80, n) for n in (80, 81, 17, 16, 5)] == [77, 81, 17, 13, 5]
-
-
-def test_valid_size_cuts_down_to_16():
-    assert valid_size((480, 854)) == (480, 848)
-    assert valid_size((1080, 1920)) == (1072, 1920)
 
 
 def test_nearest_frames_by_hand():

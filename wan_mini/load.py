@@ -30,7 +30,7 @@ from wan_mini.checkpoint import (
     read_tensors,
 )
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.hashes import FileHasher
 from wan_mini.layouts import download_hint

@@ -19,22 +19,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from wan_mini.config import valid_frames, valid_size
+
 PICTURES = (".png", ".jpg", ".jpeg")  # a folder's frames
 ANIMATIONS = (".gif", ".webp", ".apng", *PICTURES)
 FILMS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")
 INSTALL = "apt install ffmpeg, brew install ffmpeg or winget install ffmpeg"
 IMAGE_DESCRIPTION = 0x010E  # the EXIF tag that keeps a WebP's metadata
-
-
-def valid_frames(wanted: int, available: int | None = None) -> int:
-    """The 4k+1 nearest to `wanted` (79 -> 77, 80 -> 81) and not above `available`: the VAE packs 1+4+4+... frames."""
-    nearest = wanted // 4 * 4 + 1
-    return nearest if available is None else min(nearest, (available - 1) // 4 * 4 + 1)
-
-
-def valid_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) cut down to multiples of 16 pixels: a latent covers 8, a token covers 2 latents."""
-    return size[0] // 16 * 16, size[1] // 16 * 16
 
 
 def nearest_frames(durations: Sequence[float], fps: float) -> np.ndarray:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from wan_mini import dit as dit_module
 from wan_mini.device.offload import OFFLOAD
-from wan_mini.dit import FP32_PARTS, RECOMPUTE
+from wan_mini.dit import RECOMPUTE, keeps_float32
 
 PART = {"text": "text_encoder", "encode": "vae", "guide": "dit", "denoise": "dit", "decode": "vae"}  # at work
 # The fastest first; with blocks elsewhere a backward that recomputes nothing would keep them all.
@@ -100,7 +100,7 @@ def as_loaded(parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
     for name, part in parts.items():
         part.requires_grad_(False)
         for key, weight in part.named_parameters():
-            if name == "text_encoder" or (name == "dit" and not any(island in key for island in FP32_PARTS)):
+            if name == "text_encoder" or (name == "dit" and not keeps_float32(key)):
                 weight.data = weight.data.to(dtype)
 
 

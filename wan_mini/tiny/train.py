@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -160,10 +160,16 @@ def flow_loss(model: nn.ModuleDict, clean: Tensor, noise: Tensor, sigma: Tensor,
     ids = ids.to(clean.device)
     mask = (ids != 0).long()  # 0 is padding
     text = model["text"](ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
-    matched = {} if truth.places is None else {"qk_block": MATCHING_BLOCK, "velocity": True}
-    with nullcontext() if truth.parts is None else stream_after(dit.blocks[MATCHING_BLOCK - 1]) as streams:
-        out = dit(noisy, 1000 * sigma, text, **matched)
-    velocity, *qk = out if matched else (out,)
+    qk: list[Tensor] = []
+    with ExitStack() as hooks:
+        streams = []
+        if truth.parts is not None:
+            streams = hooks.enter_context(stream_after(dit.blocks[MATCHING_BLOCK - 1]))
+        if truth.places is not None:
+            block = dit.blocks[MATCHING_BLOCK]
+            hook = block.register_forward_pre_hook(lambda _, args: qk.extend(block.qk(args[0], args[1], args[3])))
+            hooks.callback(hook.remove)
+        velocity = dit(noisy, 1000 * sigma, text)
     error = (velocity - (noise - clean)).square()
     if truth.sprites is not None:
         weight = 1 + (SPRITES_WEIGHT - 1) * (truth.sprites[:, None] & (level <= SPRITES_SIGMA))  # (B,1,F,h,w)
