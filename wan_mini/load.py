@@ -278,7 +278,7 @@ def load_weights(
 
 def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a parameter gets: some of the DiT's stay float32."""
-    if part.layout.part == "dit" and any(kept in name for kept in FP32_PARTS):
+    if part.layout.part == "dit" and keeps_float32(name):
         return torch.float32
     return dtype
 
