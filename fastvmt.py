@@ -535,7 +535,7 @@ def transfer_files(args: Namespace, config: MotionConfig, device: torch.device, 
         print(f"a gradient recomputed, to fit into memory: {again} (dit.RECOMPUTE says what)")
     if demo.is_default(clip, args.prompt):
         for name in list(panels)[1:]:
-            print(f"{name}: {demo.verdict(panels[name][0])}")
+            print(f"{name}: {demo.summary(panels[name][0])}")
 
 
 def main(argv: list[str] | None = None) -> int:
