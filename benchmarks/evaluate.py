@@ -74,7 +74,10 @@ Row = dict[str, Any]
 def clip_seeds(seed: int, count: int) -> list[tuple[int, str]]:
     """Seed and kind of `count` clips, the kinds in turn: any integer `seed` gives other ones."""
     numbers = np.random.default_rng(seed % 2**64).integers(2**31, size=count)
-    return [(int(number), KINDS[index % len(KINDS)]) for index, number in enumerate(numbers)]
+    seeds = []
+    for index, number in enumerate(numbers):
+        seeds.append((int(number), KINDS[index % len(KINDS)]))
+    return seeds
 
 
 def classifier_accuracy(seed: int, count: int, split: str = "held-out") -> Iterator[Row]:
@@ -118,21 +121,34 @@ def mean_with_interval(values: np.ndarray) -> str:
 
 def table(rows: Sequence[Row], names: Sequence[str] = SHOWN) -> str:
     """Means of each kind and method with 95 % intervals (`mean_with_interval`), as lines of text."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    methods = []
+    for row in rows:
+        if row["method"] not in methods:
+            methods.append(row["method"])
+        for kind in (row["kind"], "all"):
+            groups.setdefault((kind, row["method"]), []).append(row)
     lines = [["kind", "method", "clips", *names]]
-    methods = dict.fromkeys(row["method"] for row in rows)
     for kind in (*KINDS, "all"):
         for method in methods:
-            chosen = [row for row in rows if row["method"] == method and kind in (row["kind"], "all")]
-            if chosen:
-                line = [kind, method, str(len(chosen))]
+            group = groups.get((kind, method), [])
+            if group:
+                line = [kind, method, str(len(group))]
                 for name in names:
-                    line.append(mean_with_interval(np.array([row[name] for row in chosen], dtype=float)))
+                    values = np.array([row[name] for row in group], dtype=float)
+                    line.append(mean_with_interval(values))
                 lines.append(line)
-    widths = [max(len(text) for text in column) for column in zip(*lines)]
-    padded = []
+    return _align(lines)
+
+
+def _align(lines: list[list[str]]) -> str:
+    """Cells of equally long lines, padded to columns."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    texts = []
     for line in lines:
-        padded.append("  ".join(text.ljust(width) for text, width in zip(line, widths)).rstrip())
-    return "\n".join(padded)
+        cells = map(str.ljust, line, widths)
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)
 
 
 def write_rows(rows: Iterable[Row], path: Path | None) -> list[Row]:
@@ -145,7 +161,10 @@ def write_rows(rows: Iterable[Row], path: Path | None) -> list[Row]:
         writer.writeheader()
         for row in rows:
             done.append(row)
-            writer.writerow({name: _cell(value) for name, value in row.items()})
+            cells = {}
+            for name, value in row.items():
+                cells[name] = _cell(value)
+            writer.writerow(cells)
             file.flush()
     return done
 
@@ -186,7 +205,9 @@ def program(argv: list[str] | None = None) -> None:
     if args.clips < 1 or args.classifier_clips < 1:
         raise UserError(f"got --clips {args.clips}, --classifier-clips {args.classifier_clips}: give at least 1 each")
     _, preset = fastvmt.load_preset(args.model)
-    configs = {name: replace(preset, **METHODS[name]) for name in names}
+    configs = {}
+    for name in names:
+        configs[name] = replace(preset, **METHODS[name])
     for options in args.vary:
         configs[options] = replace(preset, **parse_options(preset, options.split(), "--vary"))
     device = pick_device(args.device)
@@ -194,6 +215,7 @@ def program(argv: list[str] | None = None) -> None:
 
     def generate(clip: Clip, prompt: str, method: str, seed: int) -> tuple[np.ndarray, int]:
         result = fastvmt.transfer(wan, clip.frames, prompt, configs[method], seed=seed, device=device)
+        assert result.frames is not None  # a transfer ends with its frames; only its callback sees none
         return result.frames, result.report["gradients"]
 
     print(f"{args.clips} {args.split} clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")

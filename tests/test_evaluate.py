@@ -71,9 +71,11 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     shutil.copyfile(CHECKPOINT / "motion.json", folder / "motion.json")
     _, preset = fastvmt.load_preset(CHECKPOINT)
     calls = []
+    clips = []
 
     def transfer(wan, clip, prompt, config, *, seed, device):
         calls.append((seed, config))
+        clips.append(clip)
         return fastvmt.Transfer(latents=None, flows=(None, None), report={"gradients": 7}, frames=clip)
 
     monkeypatch.setattr(fastvmt, "transfer", transfer)
@@ -90,7 +92,9 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     assert [(row["method"], row["gradients"]) for row in rows] == [("none", "7"), ("interval1", "7")]
     flags += ["--seed", "3", "--split", "train"]
     evaluate.program([*flags, "--methods", "none", "--vary", "block=1", "tau=5 lr=0.1,0.2"])
-    assert [seed for seed, _ in calls[2:]] == [clip_seeds(3, 1)[0][0]] * 3
+    ((number, kind),) = clip_seeds(3, 1)
+    assert [seed for seed, _ in calls[2:]] == [number] * 3
+    assert np.array_equal(clips[-1], make_clip(number, kind, "train").frames)
     assert [config for _, config in calls[3:]] == [replace(preset, block=1), replace(preset, tau=5.0, lr=(0.1, 0.2))]
     with rows_file.open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["none", "block=1", "tau=5 lr=0.1,0.2"]

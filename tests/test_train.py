@@ -98,7 +98,7 @@ def small_world():
         patch.setattr(train, "MATCHING_BLOCK", 1)
         patch.setattr(train, "make_clip", small_clip)
         patch.setattr(train, "LATENT_FRAMES", train.LATENT_FRAMES[:5])
-        for name, small in (("places", small_places), ("parts", small_parts)):
+        for name, small in (("positions", small_places), ("parts", small_parts)):
             patch.setattr(train, f"true_{name}", small)
         patch.setattr(train, "near_sprites", small_near_sprites)
 

@@ -6,13 +6,12 @@ Generated clips, rendered ones and noise are tracked alike. Paths are (points,T)
 import numpy as np
 
 from wan_mini.tiny.world.classifier import MIN_AREA, mass_centers
-from wan_mini.tiny.world.constants import HEIGHT, REACH, WIDTH
+from wan_mini.tiny.world.constants import BODY_REACH, HEIGHT, REACH, WIDTH
 from wan_mini.tiny.world.motions import Pose
 from wan_mini.tiny.world.render import Clip
 from wan_mini.tiny.world.scenes import Objects
 from wan_mini.tiny.world.shapes import BAR, COLORS, LIMBS, SHAPES
 
-BODY_REACH = 24.0  # pixels: a limb counts where it is further from its body's center, as no body hides it there
 MAX_SHIFT = 7  # pixels of the halved frame: the fastest pan that is looked for
 
 
@@ -51,7 +50,8 @@ def _points_on_bars(tracks: np.ndarray) -> np.ndarray:
 def _limb_corners(z: np.ndarray, weights: np.ndarray, body: np.ndarray) -> np.ndarray:
     """Two corners of a limb's box, one standard deviation around its mean, as seen from the body's center.
 
-    Two legs of one color cannot be told apart, but the box goes up and down with an arm, and opens with each stride.
+    Only what no body can hide counts. Two legs of one color cannot be told apart, but the box goes up and down with an
+    arm, and opens with each stride.
     z (n,T) or (n,1), weights (n,T), body (T,) -> (2,T)
     """
     weights = weights * (np.abs(z - body) > BODY_REACH)
