@@ -45,10 +45,10 @@ from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.loop import Job, Recipe, Training
-from wan_mini.tiny.matching import LATENT_FRAMES, matching_loss, middle_frames, true_places
+from wan_mini.tiny.matching import matching_loss
 from wan_mini.tiny.parts import near_sprites, parts_loss, reader, stream_after, true_parts
 from wan_mini.tiny.words import lexicon, spoken_pairs, word_reader, words_loss
-from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
+from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, LATENT_FRAMES, WIDTH, make_clip, middle_frames, true_positions
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
@@ -387,7 +387,7 @@ def truth_of(name: str, sort: str, seed: int) -> Truth:
     """What a stage is told about one picture or clip; as in Truth, without the batch."""
     if name == "dit" or sort == "closeups":
         return Truth()
-    places = torch.from_numpy(true_places(seed)) if sort == "clips" else None
+    places = torch.from_numpy(true_positions(seed)) if sort == "clips" else None
     if name == "motion":
         return Truth(places)
     times = LATENT_FRAMES if sort == "clips" else [[seed % FRAMES]]  # as make_picture
