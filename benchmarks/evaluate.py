@@ -24,6 +24,7 @@ from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import UserError
 from wan_mini.load import load_wan
 from wan_mini.runs.cli import Parser, parse_options, run
+from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import (
     FRAMES,
@@ -204,7 +205,7 @@ def program(argv: list[str] | None = None) -> None:
         raise UserError(f"got --methods {args.methods}: choose from {','.join(METHODS)}")
     if args.clips < 1 or args.classifier_clips < 1:
         raise UserError(f"got --clips {args.clips}, --classifier-clips {args.classifier_clips}: give at least 1 each")
-    _, preset = fastvmt.load_preset(args.model)
+    _, preset = load_preset(args.model, fastvmt.MotionConfig())
     configs = {}
     for name in names:
         configs[name] = replace(preset, **METHODS[name])

@@ -12,6 +12,7 @@ import fastvmt
 from benchmarks import evaluate
 from wan_mini.load import load_vae
 from wan_mini.runs.provenance import sha256_file
+from wan_mini.runs.request import load_preset
 from wan_mini.tiny import demo
 from wan_mini.tiny.data import to_videos
 from wan_mini.tiny.world import FPS, FRAMES, HEIGHT, KINDS, WIDTH, make_clip
@@ -32,7 +33,7 @@ def test_the_hashes_are_those_of_the_files():
 
 def test_the_preset_fits_the_world():
     """Clips as the world makes them; and motion.json stores no value that is the default anyway."""
-    clip, motion = fastvmt.load_preset(demo.CHECKPOINT)
+    clip, motion = load_preset(demo.CHECKPOINT, fastvmt.MotionConfig())
     assert (clip.height, clip.width, clip.frames, clip.fps) == (HEIGHT, WIDTH, FRAMES, FPS)
     stored = json.loads((demo.CHECKPOINT / "motion.json").read_text("utf-8"))["motion"]
     for name, value in stored.items():

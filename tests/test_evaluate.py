@@ -10,6 +10,7 @@ import pytest
 import fastvmt
 from benchmarks import evaluate
 from benchmarks.evaluate import COLUMNS, METHODS, classifier_accuracy, clip_seeds, mean_with_interval, table, write_rows
+from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import KINDS, Clip, make_clip, other_scene, score
 
@@ -61,7 +62,7 @@ def test_a_cell_of_the_table_does_not_depend_on_the_others():
 
 
 def test_methods_change_fields_of_the_config():
-    _, preset = fastvmt.load_preset(CHECKPOINT)
+    _, preset = load_preset(CHECKPOINT, fastvmt.MotionConfig())
     for name, changes in METHODS.items():
         assert (replace(preset, **changes) == preset) == (name == "fastvmt"), name
 
@@ -69,7 +70,7 @@ def test_methods_change_fields_of_the_config():
 def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     """The whole command on a random model, of a method that copies the clip."""
     shutil.copyfile(CHECKPOINT / "motion.json", folder / "motion.json")
-    _, preset = fastvmt.load_preset(CHECKPOINT)
+    _, preset = load_preset(CHECKPOINT, fastvmt.MotionConfig())
     calls = []
     clips = []
 
