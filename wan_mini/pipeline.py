@@ -22,7 +22,7 @@ from wan_mini.errors import check_positive, check_range
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.vae import WanVAE
-from wan_mini.video import from_model
+from wan_mini.video import to_uint8
 
 Timer = Callable[[str], AbstractContextManager[None]]  # timer("denoise") measures a block of code, as StageTimer does
 
@@ -133,7 +133,7 @@ def decode(
     device = next(vae.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         video = vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode"))  # -> (1,3,T,H,W)
-    return from_model(video)
+    return to_uint8(video)
 
 
 def check_finite(latents: Tensor, step: int, steps: int) -> None:

@@ -52,7 +52,7 @@ from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, LATENT_FRAMES, WIDTH, mak
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
-from wan_mini.video import from_model
+from wan_mini.video import to_uint8
 
 VAE_FILE = "Wan2.1_VAE.safetensors"  # as save_wan names it
 SHIFT, CFG, EMPTY = SAMPLING["tiny"]  # EMPTY stands in for a caption left out
@@ -266,7 +266,7 @@ def unseen_clips() -> np.ndarray:
 def restore(vae: WanVAE, frames: np.ndarray) -> np.ndarray:
     """Clips (n,T,H,W,3) uint8 through encoder and decoder."""
     videos = vae.decode(vae.encode(to_videos(frames, vae.conv1.weight.device)))
-    return np.stack([from_model(video[None]) for video in videos])
+    return np.stack([to_uint8(video[None]) for video in videos])
 
 
 def store_vae(training: Training) -> None:
