@@ -57,3 +57,27 @@ def wan(folder) -> Wan:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def reference() -> dict[str, torch.nn.Module]:
+    """Diffusers' and transformers' own modules, see layout_folders (imported here, because they take seconds)."""
+    import layout_folders
+
+    return layout_folders.reference_modules()
+
+
+@pytest.fixture(scope="session")
+def folders(reference, tmp_path_factory) -> dict[str, Path]:
+    """The same random model in every published layout, {layout: folder}."""
+    import layout_folders
+
+    return layout_folders.write_folders(reference, tmp_path_factory.mktemp("layouts"))
+
+
+@pytest.fixture
+def broken(folders, tmp_path):
+    """broken(kind, edit): a file of one part, after edit(its tensors)."""
+    import layout_folders
+
+    return lambda kind, edit: layout_folders.write_broken(folders, kind, edit, tmp_path)

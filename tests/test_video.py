@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from wan_mini import ffmpeg
+from wan_mini.config import valid_frames
 from wan_mini.errors import UserError
 from wan_mini.video import (
     nearest_frames,
@@ -19,8 +20,6 @@ from wan_mini.video import (
     read_video,
     to_tensor,
     to_uint8,
-    valid_frames,
-    valid_size,
     write_video,
 )
 
@@ -79,16 +78,6 @@ def one_line(error):
 
 
 # numbers
-
-
-def test_valid_frames_is_the_nearest_4k_plus_1_that_exists():
-    assert [valid_frames(n) for n in (77, 78, 79, 80, 81, 82, 5)] == [77, 77, 77, 81, 81, 81, 5]
-    assert [valid_frames(80, n) for n in (80, 81, 17, 16, 5)] == [77, 81, 17, 13, 5]
-
-
-def test_valid_size_cuts_down_to_16():
-    assert valid_size((480, 854)) == (480, 848)
-    assert valid_size((1080, 1920)) == (1072, 1920)
 
 
 def test_nearest_frames_by_hand():

@@ -1,31 +1,30 @@
-"""Checkpoint files: headers first, tensors later; which part of a model a file holds and how large it is."""
+"""Checkpoint files: which parts of a model they hold, by their headers; and their tensors, one by one."""
 
 import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
+from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from wan_mini.config import WAN_MEAN, WAN_STD, DiTConfig, UMT5Config, VAEConfig
-from wan_mini.layouts import IGNORED, Layout, detect, rename
+from wan_mini.errors import MissingFile, UserError
+from wan_mini.layouts import COMFY, IGNORED, SOURCES, Layout, detect, download_hint, rename
+from wan_mini.sizes import Configs
 
-Shapes = dict[str, tuple[int, ...]]
-
-Configs = list[dict[str, Any]]
-
+WEIGHT_FILES = (".safetensors", ".pth")
+TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch
 
 
-class Entry(NamedTuple):
-    """A tensor in a file, as the header describes it."""
+class TensorHeader(NamedTuple):
+    """A tensor in a file, as the file's header describes it."""
 
     file: Path
     key: str
@@ -35,141 +34,225 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the model as found on disk: its tensors under our names, and all that may tell its configuration."""
+    """One part of the model as found on disk.
+
+    tensors: of each file in the order of their bytes. names: {key in a file: our name}; a key that is not there
+    belongs to no weight. configs: all that may say what the shapes do not.
+    """
 
     layout: Layout
-    tensors: list[tuple[str, Entry]]
-    configs: list[dict[str, Any]]
+    tensors: list[TensorHeader]
+    names: dict[str, str]
+    configs: Configs
 
     @property
     def files(self) -> list[Path]:
-        return sorted({entry.file for _, entry in self.tensors})
+        """The files that hold the part."""
+        return sorted({tensor.file for tensor in self.tensors})
 
     @property
-    def where(self) -> str:
-        return str(self.files[0]) if len(self.files) == 1 else f"{len(self.files)} files in {self.files[0].parent}"
+    def location(self) -> str:
+        """The file, or the number of files and their folder, for messages."""
+        files = self.files
+        if len(files) == 1:
+            return str(files[0])
+        return f"{len(files)} files in {files[0].parent}"
+
+    def keys(self, file: Path) -> list[str]:
+        """Names of a file's tensors, in the order of their bytes."""
+        return [tensor.key for tensor in self.tensors if tensor.file == file]
 
 
-def _unpickle(file: Path) -> dict[str, Tensor]:
-    """A .pth's tensors, mapped rather than read; weights_only, because an unrestricted pickle can run any code."""
-    loaded = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-    return {k: t for k, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, dict) else {}
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder (or a single weight file) of which all headers are read: {"dit" | "vae" | ...: Part}."""
+
+    path: Path
+    parts: dict[str, Part]
+
+    def require(self, kind: str) -> Part:
+        """The part of this kind. Raises MissingFile that says where to get it."""
+        if kind not in self.parts:
+            raise MissingFile(f"no {kind} in {self.path}, {download_hint(kind)}")
+        return self.parts[kind]
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """Read the headers of a weight file, or of all of them below a folder; files of no known layout are passed over.
+
+    Raises MissingFile if there is no such path, UserError for a broken file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise MissingFile(f"{path} does not exist: give a checkpoint folder or a weight file")
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_FILES)
+    tensors: dict[str, list[TensorHeader]] = {}
+    configs: dict[str, Configs] = {}
+    for file in files:
+        found, config = read_header(file)
+        layout = detect(tensor.key for tensor in found)
+        if layout is not None:
+            tensors.setdefault(layout.part, []).extend(found)
+            configs.setdefault(layout.part, []).append(config)
+    parts = {}
+    for kind in tensors:
+        parts[kind] = _assemble(tensors[kind], configs[kind])
+    return Checkpoint(path, parts)
+
+
+def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
+    """Name all tensors of a part at once, and add every config.json beside its files and one folder above."""
+    keys = [tensor.key for tensor in tensors if not re.match(IGNORED, tensor.key)]
+    layout = detect(keys)
+    assert layout is not None
+    beside: set[Path] = set()
+    above: set[Path] = set()
+    for tensor in tensors:
+        folder = tensor.file.absolute().parent
+        beside.add(folder)
+        above.add(folder.parent)
+    for folder in sorted(beside) + sorted(above):
+        file = folder / "config.json"
+        if file.is_file():
+            configs = [*configs, read_json(file)]
+    return Part(layout, tensors, rename(layout, keys), configs)
+
+
+def index_tensors(part: Part) -> dict[str, TensorHeader]:
+    """{our name: where it is}, once every tensor is known to be of a plain dtype and to come from one file only.
+
+    Raises UserError on fp8 weights, and on two files that hold the same tensor.
+    """
+    index: dict[str, TensorHeader] = {}
+    for tensor in part.tensors:
+        if tensor.key not in part.names:
+            continue  # the tokenizer's bytes
+        if tensor.dtype not in DTYPES.values() or re.search(r"scale_weight$|scaled_fp8$", tensor.key):
+            fp16 = SOURCES[part.layout.part].comfy
+            if 5120 in tensor.shape:
+                fp16 = fp16.replace("1.3B", "14B")
+            found = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
+            raise UserError(f"{found}, get {fp16} of {COMFY}")
+        name = part.names[tensor.key]
+        other = index.setdefault(name, tensor)
+        if other.file != tensor.file and {other.key, tensor.key} != TIED:
+            files = f"{other.file} and {tensor.file}"
+            raise UserError(f"{files} both hold {name}: remove one, or load from one file only")
+    return index
+
+
+def abbreviate(items: list[str]) -> str:
+    """The first three, and how many more there are."""
+    text = ", ".join(items[:3])
+    if len(items) > 3:
+        text += f" and {len(items) - 3} more"
+    return text
+
+
+def missing_shards(part: Part) -> str:
+    """The files that an index beside a part's shards lists and the disk lacks, as the end of a message."""
+    present = {file.name for file in part.files}
+    indices: set[Path] = set()
+    for file in part.files:
+        indices.update(file.parent.glob("*.index.json"))
+    for index in sorted(indices):
+        listed = set(read_json(index)["weight_map"].values())
+        lost = sorted(name for name in listed if not (index.parent / name).exists())
+        if lost and listed & present:
+            return f"; {index} also lists {abbreviate(lost)}: get what is not there"
+    return ""
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError if it is something else."""
+    """The object in a JSON file. Raises UserError if it is something else."""
     with suppress(ValueError):
-        if isinstance(content := json.loads(file.read_bytes()), dict):
+        content = json.loads(file.read_bytes())
+        if isinstance(content, dict):
             return content
-    raise ValueError(f"{file} should hold a JSON object, is it truncated? Download it again")
+    raise UserError(f"{file} should hold a JSON object, is it truncated? Download it again")
 
 
-def read_header(file: Path) -> tuple[list[Entry], dict[str, Any]]:
-    """A file's tensors without their data, and the `config` in its metadata. Raises ValueError if it is unreadable."""
+def read_header(file: Path) -> tuple[list[TensorHeader], dict[str, Any]]:
+    """A file's tensors without their data, in the order of their bytes, and the `config` in its metadata.
+
+    Raises UserError if the file cannot be read.
+    """
+    if file.suffix == ".pth":
+        tensors = []
+        for key, tensor in _unpickle(file).items():
+            tensors.append(TensorHeader(file, key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
+        return tensors, {}
     try:
-        if file.suffix == ".pth":
-            tensors = _unpickle(file).items()
-            return [Entry(file, key, tuple(t.shape), str(t.dtype).removeprefix("torch.")) for key, t in tensors], {}
-        with safe_open(file, "pt") as f:
-            entries = []
-            for key in f.keys():  # noqa: SIM118 (f is no dict)
-                header = f.get_slice(key)
-                dtype = DTYPES.get(header.get_dtype(), header.get_dtype())
-                entries.append(Entry(file, key, tuple(header.get_shape()), dtype))
-            return entries, json.loads((f.metadata() or {}).get("config", "{}"))
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise ValueError(f"{file} cannot be read, is it truncated? Download it again ({reason})") from None
+        with safe_open(file, "pt"):  # checks that the tensors fill the file without gaps
+            pass
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size))
+        metadata = header.pop("__metadata__", {})
+        config = json.loads(metadata.get("config", "{}"))
+        if not isinstance(config, dict):
+            config = {}
+    except (SafetensorError, ValueError) as problem:
+        raise UserError(_unreadable(file, problem)) from None
+    tensors = []
+    for key, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = DTYPES.get(tensor["dtype"], tensor["dtype"])
+        tensors.append(TensorHeader(file, key, tuple(tensor["shape"]), dtype))
+    return tensors, config
 
 
 def read_tensors(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (key, tensor) one by one. The tensors are views into the mapped file: copy what is to be kept."""
+    """Yield (key, tensor) one by one. The tensors are views of the mapped file: copy what is to be kept."""
     if file.suffix == ".pth":
         tensors = _unpickle(file)
-        yield from ((key, tensors[key]) for key in keys)
-    else:
-        with safe_open(file, "pt") as f:
-            yield from ((key, f.get_tensor(key)) for key in keys)
+        for key in keys:
+            yield key, tensors.pop(key)
+        return
+    with safe_open(file, "pt") as opened:
+        for key in keys:
+            yield key, opened.get_tensor(key)
 
 
-def find_parts(path: Path) -> dict[str, Part]:
-    """Read the headers of a weight file, or of all of them below a folder -> {"dit" | "vae" | "text_encoder": Part}.
+def _unpickle(file: Path) -> dict[str, Tensor]:
+    """A .pth's tensors, mapped rather than read; weights_only, because an unrestricted pickle can run any code.
 
-    Files without any known tensor name are passed over. Raises FileNotFoundError, or ValueError for a broken file.
+    Raises UserError if the file is no zip archive, or holds more than tensors.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: give a checkpoint folder or a weight file")
-    files = sorted(f for f in path.rglob("*") if f.suffix in (".safetensors", ".pth")) if path.is_dir() else [path]
-    found: dict[str, tuple[list[Entry], list[dict[str, Any]]]] = {}
-    for file in files:
-        entries, config = read_header(file)
-        if layout := detect(entry.key for entry in entries):
-            all_entries, configs = found.setdefault(layout.part, ([], []))
-            all_entries += [entry for entry in entries if not re.match(IGNORED, entry.key)]
-            configs.append(config)
-    return {part: _part(entries, configs) for part, (entries, configs) in found.items()}
+    if not is_zipfile(file):
+        raise UserError(f"{file} cannot be read, {_describe_non_archive(file)}")
+    try:
+        loaded = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
+    except UnpicklingError:
+        raise UserError(
+            f"{file} cannot be read: it holds more than tensors, which could run code; "
+            "get the file from its publisher, or a safetensors version"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as problem:
+        raise UserError(_unreadable(file, problem)) from None
+    if not isinstance(loaded, dict):
+        return {}
+    return {key: tensor for key, tensor in loaded.items() if isinstance(tensor, Tensor)}
 
 
-def _part(entries: list[Entry], configs: list[dict[str, Any]]) -> Part:
-    """Name all shards' tensors at once: the headers' own configs come first, then config.json beside and above."""
-    layout = detect(entry.key for entry in entries)
-    names = rename(layout, [entry.key for entry in entries])
-    folders = sorted({entry.file.absolute().parent for entry in entries})
-    places = folders + sorted({folder.parent for folder in folders})
-    configs = configs + [read_json(c) for f in places if (c := f / "config.json").is_file()]
-    return Part(layout, [(names[entry.key], entry) for entry in entries], configs)
+def _unreadable(file: Path, problem: Exception) -> str:
+    """Message for a file of the right kind with broken contents."""
+    reason = str(problem).splitlines()[0]
+    return f"{file} cannot be read, is it truncated? Download it again ({reason})"
 
 
-def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
-    """Only the number of heads and text_len are not told by shapes; official heads are 128 wide."""
-    dim, in_dim, *patch = shapes["patch_embedding.weight"]
-    heads, layers, text_len = dim / 128, count(shapes, r"blocks\.(\d+)\."), 512
-    for config in reversed(configs):  # the first has the last word
-        width = config.get("num_attention_heads", 0) * config.get("attention_head_dim", 0)  # Diffusers
-        if dim in (config.get("dim"), width):  # or else it is the config of something else
-            heads = config.get("num_heads", config.get("num_attention_heads", heads))
-            layers, text_len = config.get("num_layers", layers), config.get("text_len", text_len)
-    if heads != int(heads):
-        raise ValueError(f"num_heads is unknown for width {dim}")
-    return DiTConfig(
-        dim=dim,
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-        num_heads=int(heads),
-        num_layers=layers,
-        freq_dim=shapes["time_embedding.0.weight"][1],
-        text_dim=shapes["text_embedding.0.weight"][1],
-        text_len=text_len,
-        in_dim=in_dim,
-        out_dim=shapes["head.head.weight"][0] // prod(patch),
-        patch_size=tuple(patch),
-    )
-
-
-def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
-    """Only the latents' mean and std are not told by shapes."""
-    dim, z_dim = shapes["encoder.conv1.weight"][0], shapes["conv2.weight"][0]
-    # A level of the encoder is its residual blocks and one downsampling, which only the last level lacks.
-    layers = count(shapes, r"encoder\.downsamples\.(\d+)\.")
-    blocks = min((i for i in range(layers) if f"encoder.downsamples.{i}.resample.1.weight" in shapes), default=layers)
-    firsts = [shapes[f"encoder.downsamples.{i}.residual.2.weight"] for i in range(0, layers, blocks + 1)]
-    mean, std = WAN_MEAN, WAN_STD
-    for config in (c.get("vae", c) for c in reversed(configs)):  # the first has the last word
-        mean = config.get("mean", config.get("latents_mean", mean))
-        std = config.get("std", config.get("latents_std", std))
-    return VAEConfig(dim, z_dim, tuple(shape[0] // dim for shape in firsts), blocks, tuple(mean), tuple(std))
-
-
-def umt5_config(shapes: Shapes, configs: Configs) -> UMT5Config:
-    """All told by shapes."""
-    vocab, dim = shapes["token_embedding.weight"]
-    buckets, heads = shapes["blocks.0.pos_embedding.embedding.weight"]
-    dim_attn, dim_ffn = shapes["blocks.0.attn.q.weight"][0], shapes["blocks.0.ffn.fc1.weight"][0]
-    return UMT5Config(vocab, dim, dim_attn, dim_ffn, heads, count(shapes, r"blocks\.(\d+)\."), buckets)
-
-
-def count(names: Iterable[str], pattern: str) -> int:
-    """How many blocks the names number, from 0."""
-    return 1 + max((int(m[1]) for name in names if (m := re.match(pattern, name))), default=-1)
-
-
-CONFIGS = {"dit": dit_config, "vae": vae_config, "text_encoder": umt5_config}
+def _describe_non_archive(file: Path) -> str:
+    """What a .pth is that torch cannot map, by its first bytes, and what to do."""
+    with file.open("rb") as stream:
+        start = stream.read(16)
+    if start.startswith(b"PK"):
+        return "it is a zip archive without its end: download it again"
+    if start.startswith(b"\x80"):
+        load = f"torch.load({str(file)!r}, weights_only=True)"
+        return f"it is a pickle from before torch 1.6, not a zip archive: convert it with torch.save({load}, NEW_FILE)"
+    if start.startswith(b"version https://"):
+        return "it is a Git LFS pointer, not the weights: run git lfs pull, or download the file itself"
+    if start.lstrip().startswith(b"<"):
+        return "it is a web page, not the weights: download the file itself"
+    return f"it is no zip archive as torch.save writes, it begins with {start!r}: download it again"

@@ -1,6 +1,7 @@
-"""What a checkpoint's files hold: their headers, and one rename table per naming that is not the original's.
+"""Names of the published checkpoints: which part a file holds, what we call its tensors, and where it is published.
 
-Files are told apart by the tensor names inside, never by their own names: mirrors rename files.
+A file is identified by the tensor names inside, never by its own name: mirrors rename files.
+Our names are the original's (Wan-Video/Wan2.1), so each other naming needs one rename table.
 """
 
 import re
@@ -10,39 +11,92 @@ from typing import NamedTuple
 PREFIX = r"^(model\.)?diffusion_model\."  # some single-file DiTs are cut out of a larger checkpoint
 IGNORED = r"^spiece_model$"  # Comfy-Org keeps the tokenizer's bytes beside the text encoder's weights
 
+# Repositories on Hugging Face.
+ORIGINAL = "Wan-AI/Wan2.1-T2V-1.3B"
+DIFFUSERS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+COMFY = "Comfy-Org/Wan_2.1_ComfyUI_repackaged"
+
+
+class Source(NamedTuple):
+    """Where a part is published: a file of ORIGINAL, a folder of DIFFUSERS, and a file of COMFY ("" if it has none)."""
+
+    original: str
+    diffusers: str
+    comfy: str
+
+
+SOURCES = {
+    "dit": Source(
+        "diffusion_pytorch_model.safetensors",
+        "transformer/",
+        "split_files/diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
+    ),
+    "vae": Source(
+        "Wan2.1_VAE.pth",
+        "vae/",
+        "split_files/vae/wan_2.1_vae.safetensors",
+    ),
+    "text_encoder": Source(
+        "models_t5_umt5-xxl-enc-bf16.pth",
+        "text_encoder/",
+        "split_files/text_encoders/umt5_xxl_fp16.safetensors",
+    ),
+    "tokenizer": Source("google/umt5-xxl/tokenizer.json", "tokenizer/", ""),
+}
+
+
+def download_hint(kind: str) -> str:
+    """The exact files and repositories that hold a part, as the end of an error message."""
+    source = SOURCES[kind]
+    hint = f"get {source.original} of {ORIGINAL}, or {source.diffusers} of {DIFFUSERS}"
+    if source.comfy:
+        hint += f", or {source.comfy} of {COMFY}"
+    return hint
+
 
 class Layout(NamedTuple):
-    """One naming of one part: `marker` finds it, `renames` (pattern, replacement), all applied in order, undo it."""
+    """One naming of one part of the model.
+
+    part: "dit", "vae" or "text_encoder". naming: who names the tensors so. marker: a regular expression for the
+    beginning of names that only this layout has. starts, inner: {their words: our words}, where words are whole parts
+    of a name between dots; `starts` holds at the beginning of a name, `inner` at any place. Where two rows of a table
+    fit, the longer one holds, so the order of the rows does not matter.
+    """
 
     part: str
     naming: str
     marker: str
-    renames: tuple[tuple[str, str], ...] = ()
+    starts: dict[str, str] = {}
+    inner: dict[str, str] = {}
 
 
-# The first match wins, and `patch_embedding` has the same name in both DiT layouts: Diffusers' comes first.
+# The first layout that matches counts. `patch_embedding` has the same name in both DiT layouts: Diffusers' comes first.
 LAYOUTS = (
     Layout(
         "dit",
         "Diffusers",
         r"^(condition_embedder|proj_out|scale_shift_table|blocks\.\d+\.(attn[12]|scale_shift_table|ffn\.net))(\.|$)",
-        (
-            (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
-            (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
-            (r"^condition_embedder\.time_proj\.", "time_projection.1."),
-            (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
-            (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
-            (r"^proj_out\.", "head.head."),
-            (r"^scale_shift_table$", "head.modulation"),
-            (r"\.scale_shift_table$", ".modulation"),
-            (r"\.attn1\.", ".self_attn."),
-            (r"\.attn2\.", ".cross_attn."),
-            (r"\.to_([qkv])\.", r".\1."),
-            (r"\.to_out\.0\.", ".o."),
-            (r"\.norm2\.", ".norm3."),  # the two count norms differently: this one stands before cross-attention
-            (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
-            (r"\.ffn\.net\.2\.", ".ffn.2."),
-        ),
+        starts={
+            "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+            "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+            "condition_embedder.time_proj": "time_projection.1",
+            "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+            "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+            "proj_out": "head.head",
+            "scale_shift_table": "head.modulation",
+        },
+        inner={
+            "scale_shift_table": "modulation",
+            "attn1": "self_attn",
+            "attn2": "cross_attn",
+            "to_q": "q",
+            "to_k": "k",
+            "to_v": "v",
+            "to_out.0": "o",
+            "norm2": "norm3",  # the norm before cross-attention: the original numbers it last, Diffusers in order
+            "ffn.net.0.proj": "ffn.0",
+            "ffn.net.2": "ffn.2",
+        },
     ),
     Layout(
         "dit",
@@ -54,40 +108,45 @@ LAYOUTS = (
         "vae",
         "Diffusers",
         r"^(((en|de)coder\.(conv_in|conv_out|norm_out|mid_block|down_blocks|up_blocks))|(post_)?quant_conv)\.",
-        (
-            (r"\.conv1\.", ".residual.2."),  # inside a residual block; before conv_in takes the name conv1
-            (r"\.conv2\.", ".residual.6."),
-            (r"\.norm1\.", ".residual.0."),
-            (r"\.norm2\.", ".residual.3."),
-            (r"\.conv_shortcut\.", ".shortcut."),
-            (r"^quant_conv\.", "conv1."),
-            (r"^post_quant_conv\.", "conv2."),
-            (r"\.conv_in\.", ".conv1."),
-            (r"\.norm_out\.", ".head.0."),
-            (r"\.conv_out\.", ".head.2."),
-            (r"\.down_blocks\.", ".downsamples."),
-            (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-            (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-            (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-        ),
+        starts={
+            "quant_conv": "conv1",
+            "post_quant_conv": "conv2",
+        },
+        inner={  # and decoder.up_blocks, see _decoder_rows
+            "norm1": "residual.0",
+            "conv1": "residual.2",
+            "norm2": "residual.3",
+            "conv2": "residual.6",
+            "conv_shortcut": "shortcut",
+            "conv_in": "conv1",
+            "norm_out": "head.0",
+            "conv_out": "head.2",
+            "down_blocks": "downsamples",
+            "mid_block.resnets.0": "middle.0",
+            "mid_block.attentions.0": "middle.1",
+            "mid_block.resnets.1": "middle.2",
+        },
     ),
     Layout("vae", "original", r"^(en|de)coder\.(conv1|head|middle|downsamples|upsamples)\."),
     Layout(
         "text_encoder",
         "Hugging Face",
         r"^(shared|encoder\.(embed_tokens|block|final_layer_norm))\.",
-        (
-            (r"^(shared|encoder\.embed_tokens)\.", "token_embedding."),  # one tensor, tied: a file holds either or both
-            (r"^encoder\.final_layer_norm\.", "norm."),
-            (r"^encoder\.block\.", "blocks."),
-            (r"\.layer\.0\.layer_norm\.", ".norm1."),
-            (r"\.layer\.1\.layer_norm\.", ".norm2."),
-            (r"\.layer\.0\.SelfAttention\.relative_attention_bias\.", ".pos_embedding.embedding."),
-            (r"\.layer\.0\.SelfAttention\.", ".attn."),
-            (r"\.layer\.1\.DenseReluDense\.wi_0\.", ".ffn.gate.0."),
-            (r"\.layer\.1\.DenseReluDense\.wi_1\.", ".ffn.fc1."),
-            (r"\.layer\.1\.DenseReluDense\.wo\.", ".ffn.fc2."),
-        ),
+        starts={
+            "shared": "token_embedding",  # one tied tensor with the next: a file holds either or both
+            "encoder.embed_tokens": "token_embedding",
+            "encoder.final_layer_norm": "norm",
+            "encoder.block": "blocks",
+        },
+        inner={
+            "layer.0.layer_norm": "norm1",
+            "layer.0.SelfAttention": "attn",
+            "layer.0.SelfAttention.relative_attention_bias": "pos_embedding.embedding",
+            "layer.1.layer_norm": "norm2",
+            "layer.1.DenseReluDense.wi_0": "ffn.gate.0",
+            "layer.1.DenseReluDense.wi_1": "ffn.fc1",
+            "layer.1.DenseReluDense.wo": "ffn.fc2",
+        },
     ),
     Layout("text_encoder", "original", r"^(token_embedding|blocks\.\d+\.(attn|pos_embedding|ffn\.(gate|fc[12])))\."),
 )
@@ -95,20 +154,52 @@ LAYOUTS = (
 
 def detect(keys: Iterable[str]) -> Layout | None:
     """The layout that has any of these tensor names, or None."""
-    keys = [re.sub(PREFIX, "", key) for key in keys]
-    return next((layout for layout in LAYOUTS if any(re.match(layout.marker, key) for key in keys)), None)
+    names = [re.sub(PREFIX, "", key) for key in keys]
+    for layout in LAYOUTS:
+        if any(re.match(layout.marker, name) for name in names):
+            return layout
+    return None
 
 
 def rename(layout: Layout, keys: Iterable[str]) -> dict[str, str]:
-    """{tensor name in the file: our name} for all tensors of one part; a name that no rule knows stays as it is."""
-    plain = {key: re.sub(PREFIX, "", key) for key in keys}
-    # Diffusers numbers the decoder's blocks by stage, the original straight through: in sorted order, they agree.
-    ups = sorted({m[0] for key in plain.values() if (m := re.match(r"decoder\.up_blocks\.\d\.\w+\.\d\.", key))})
-    table = [(re.escape(up), f"decoder.upsamples.{i}.") for i, up in enumerate(ups)] + list(layout.renames)
-    for pattern, replacement in table:
-        plain = {key: re.sub(pattern, replacement, name) for key, name in plain.items()}
-    return plain
+    """{tensor name in the file: our name} of all tensors of one part; a name that no row fits stays as it is."""
+    names = {key: re.sub(PREFIX, "", key) for key in keys}
+    if layout.naming == "original":
+        return names
+    inner = layout.inner | _decoder_rows(names.values())
+    for key, name in names.items():
+        names[key] = _replace(name, layout.starts, inner)
+    return names
 
 
-# Configurations: shapes tell nearly all; a config that the checkpoint carries tells the rest, else it is the official.
-# KeyError: no such tensor. ValueError: neither shapes nor configs tell.
+def _replace(name: str, starts: dict[str, str], inner: dict[str, str]) -> str:
+    """Apply a table's rows to one name. What a row has put there is not replaced again."""
+    start = _words(starts).match(name)
+    if start is None:
+        return _words(inner).sub(lambda found: inner[found[0]], name)
+    rest = name[start.end() :]
+    return starts[start[0]] + _words(inner).sub(lambda found: inner[found[0]], rest)
+
+
+def _words(rows: dict[str, str]) -> re.Pattern[str]:
+    """A pattern that finds the words of any row between dots, the longest first."""
+    longest_first = sorted(rows, key=len, reverse=True)
+    either = "|".join(map(re.escape, longest_first))
+    return re.compile(rf"(?<![^.])({either})(?![^.])")
+
+
+def _decoder_rows(names: Iterable[str]) -> dict[str, str]:
+    """Rows for the blocks of Diffusers' VAE decoder, {"up_blocks.1.resnets.0": "upsamples.4", ...}."""
+    found = re.findall(r"\bup_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", "\n".join(names))
+    resnets = 1 + max((int(index) for _, kind, index in found if kind == "resnets"), default=-1)
+    rows = {}
+    for stage, kind, index in found:
+        position = int(index) if kind == "resnets" else resnets  # the upsampling closes its stage
+        number = decoder_block_number(int(stage), position, resnets)
+        rows[f"up_blocks.{stage}.{kind}.{index}"] = f"upsamples.{number}"
+    return rows
+
+
+def decoder_block_number(stage: int, position: int, resnets: int) -> int:
+    """The original's number of a decoder block: it counts through all stages, each of `resnets` and one upsampling."""
+    return stage * (resnets + 1) + position

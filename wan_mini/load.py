@@ -1,100 +1,150 @@
 """Load Wan 2.1 from any of its published checkpoints, or refuse in one line.
 
-    python -m wan_mini.load FOLDER           what is there, what is missing and where to get it
-    python -m wan_mini.load --compare A B    do two DiT checkpoints compute the same, block by block?
+    load_wan(folder, device=device, dtype=dtype)    # the whole model
+    load_dit(path, ...), load_vae, load_text_encoder, load_tokenizer    # one part
+    build_from_folder(folder), build_preset(name)    # parts without weights, to estimate memory
 
 A wrong weight rarely crashes; it makes a worse video. So loading is strict: every tensor of a module comes from exactly
-one place, has the right shape, is finite, and no weight matrix is all zero.
+one place, has the right shape, is finite, and no weight matrix is all zero. `python -m wan_mini.inspect` says what is
+in a folder.
 """
 
 import json
-import re
 import shutil
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_mini.checkpoint import CONFIGS, DTYPES, Entry, Part, find_parts, read_json, read_tensors
+from wan_mini.checkpoint import (
+    Checkpoint,
+    Part,
+    TensorHeader,
+    abbreviate,
+    index_tensors,
+    missing_shards,
+    read_checkpoint,
+    read_tensors,
+)
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
+from wan_mini.errors import MissingFile, UserError
+from wan_mini.hashes import FileHasher
+from wan_mini.layouts import download_hint
+from wan_mini.sizes import CONFIGS
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
-MODULES = {"dit": WanDiT, "vae": WanVAE, "text_encoder": UMT5Encoder}
+MODULES: dict[str, type[nn.Module]] = {"dit": WanDiT, "vae": WanVAE, "text_encoder": UMT5Encoder}
 NAMES = {T2V_1_3B: "Wan2.1-T2V-1.3B", T2V_14B: "Wan2.1-T2V-14B", TINY: "tiny"}
-ORIGINAL, COMFY = "Wan-AI/Wan2.1-T2V-1.3B", "Comfy-Org/Wan_2.1_ComfyUI_repackaged"  # repositories on Hugging Face
-SOURCES = {  # part: file of ORIGINAL, folder of ORIGINAL-Diffusers, file of COMFY
-    "dit": ("diffusion_pytorch_model.safetensors", "transformer/", "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors"),
-    "vae": ("Wan2.1_VAE.pth", "vae/", "vae/wan_2.1_vae.safetensors"),
-    "text_encoder": ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder/", "text_encoders/umt5_xxl_fp16.safetensors"),
-    "tokenizer": ("google/umt5-xxl/tokenizer.json", "tokenizer/", None),
+PRESETS: dict[str, dict[str, Any]] = {
+    "Wan2.1-T2V-1.3B": {"dit": T2V_1_3B, "vae": WAN_VAE, "text_encoder": UMT5_XXL},
+    "Wan2.1-T2V-14B": {"dit": T2V_14B, "vae": WAN_VAE, "text_encoder": UMT5_XXL},
+    "tiny": {"dit": TINY, "vae": TINY_VAE, "text_encoder": TINY_UMT5},
 }
-TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
 
 
 @dataclass(frozen=True)
 class Wan:
-    """A whole model, ready to run: modules in eval mode, without gradients."""
+    """A whole model, ready to run: modules in eval mode, without gradients.
+
+    name: "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "tiny" or "custom". folder: where it was loaded from, if from a folder.
+    hashes: {weight file relative to the folder: SHA-256}, empty unless load_wan hashed them.
+    """
 
     dit: WanDiT
     vae: WanVAE
     text_encoder: UMT5Encoder
     tokenizer: Tokenizer
-    name: str  # "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "tiny" or "custom"
+    name: str
+    folder: Path | None = None
+    hashes: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.dit.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the transformer's matrix products run."""
+        return self.dit.patch_embedding.weight.dtype
 
 
-def load_wan(folder: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> Wan:
-    """Load a checkpoint folder of any layout; `dtype` is for the DiT and the text encoder.
+def load_wan(
+    folder: str | Path | Checkpoint,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    hash_files: bool = True,
+) -> Wan:
+    """Load a checkpoint folder of any layout, or one whose headers read_checkpoint has read.
 
-    The VAE is always float32, because encoding in bfloat16 shifts trajectories. All headers are checked before any
-    weight is read. Raises FileNotFoundError for a missing part, ValueError for a bad one, in one line that says which.
+    dtype is for the DiT (but for what keeps float32) and the text encoder. The VAE is always float32, because encoding
+    in bfloat16 shifts trajectories. All headers are checked before any weight is read. hash_files: fill Wan.hashes,
+    from what is read anyway or from a cache. Raises MissingFile for a missing part and UserError for a bad one.
     """
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}: {download_hint('dit')}, with its other files, and give their folder"
-        )
-    parts, tokenizer = find_parts(Path(folder)), load_tokenizer(folder)
-    modules = {kind: build_and_check(require_part(parts, kind, folder)) for kind in MODULES}
+    checkpoint = _open_folder(folder)
+    tokenizer = load_tokenizer(checkpoint.path)
+    modules = _build_all(checkpoint)
+    hasher = FileHasher() if hash_files else None
     for kind, module in modules.items():
-        load_weights(module, parts[kind], device, torch.float32 if kind == "vae" else dtype)
-    return Wan(**modules, tokenizer=tokenizer, name=NAMES.get(modules["dit"].config, "custom"))
+        part_dtype = torch.float32 if kind == "vae" else dtype
+        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher)
+    hashes = {}
+    if hasher is not None:
+        for file, digest in sorted(hasher.digests.items()):
+            hashes[file.relative_to(checkpoint.path).as_posix()] = digest
+    return Wan(
+        dit=cast(WanDiT, modules["dit"]),
+        vae=cast(WanVAE, modules["vae"]),
+        text_encoder=cast(UMT5Encoder, modules["text_encoder"]),
+        tokenizer=tokenizer,
+        name=_model_name(modules),
+        folder=checkpoint.path,
+        hashes=hashes,
+    )
 
 
-def build_modules(model: str | Path | None) -> tuple[str, dict[str, nn.Module]]:
-    """Name and weightless parts (on the meta device) of a checkpoint folder; if there is none, of a preset's name.
+def build_from_folder(folder: str | Path | Checkpoint) -> tuple[str, dict[str, nn.Module]]:
+    """Name and parts of a checkpoint folder, on the meta device: from its headers, no weight is read.
 
-    None is the tiny preset. Raises FileNotFoundError, or ValueError as load_wan.
+    Give a read_checkpoint(folder) to this and to load_wan, and the headers are read once. Raises as load_wan.
     """
-    if model is not None and Path(model).exists():
-        found = find_parts(Path(model))
-        parts = {kind: build_and_check(require_part(found, kind, model)) for kind in MODULES}
-        return NAMES.get(parts["dit"].config, "custom"), parts
-    presets = {name: (dit, WAN_VAE, UMT5_XXL) for dit, name in NAMES.items()} | {"tiny": (TINY, TINY_VAE, TINY_UMT5)}
-    name = "tiny" if model is None else str(model)
-    if name not in presets:
-        raise FileNotFoundError(f"{model} does not exist: give a checkpoint folder, {download_hint('dit')}")
+    checkpoint = _open_folder(folder)
+    modules = _build_all(checkpoint)
+    return _model_name(modules), modules
+
+
+def build_preset(name: str) -> tuple[str, dict[str, nn.Module]]:
+    """Name and parts of a published model, on the meta device. Raises MissingFile on a name that is not in PRESETS."""
+    if name not in PRESETS:
+        known = ", ".join(PRESETS)
+        raise MissingFile(f"{name} does not exist: give a checkpoint folder, {download_hint('dit')}, or one of {known}")
+    modules = {}
     with torch.device("meta"):
-        return name, {kind: MODULES[kind](config) for kind, config in zip(MODULES, presets[name])}
+        for kind, config in PRESETS[name].items():
+            modules[kind] = MODULES[kind](config)
+    return name, modules
 
 
 def load_dit(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
-    """Load the DiT from a file or a checkpoint folder; its FP32_PARTS stay float32. Raises as load_wan."""
-    return load_part("dit", path, device, dtype)
+    """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan."""
+    return cast(WanDiT, _load_part("dit", path, device, dtype))
 
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
     """Load the VAE from a file or a checkpoint folder. Raises as load_wan."""
-    return load_part("vae", path, device, dtype)
+    return cast(WanVAE, _load_part("vae", path, device, dtype))
 
 
 def load_text_encoder(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> UMT5Encoder:
     """Load the text encoder from a file or a checkpoint folder. Raises as load_wan."""
-    return load_part("text_encoder", path, device, dtype)
+    return cast(UMT5Encoder, _load_part("text_encoder", path, device, dtype))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -115,111 +165,130 @@ def save_wan(folder: str | Path, dit: WanDiT, vae: WanVAE, text_encoder: UMT5Enc
     shutil.copyfile(tokenizer, folder / "google/umt5-xxl/tokenizer.json")
 
 
-# Three steps: pick the part, check its headers against the module, and only then read tensor by tensor.
-
-
-def load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """Find, check and read one part."""
-    part = require_part(find_parts(Path(path)), kind, path)
-    return load_weights(build_and_check(part), part, device, dtype)
-
-
-def require_part(parts: dict[str, Part], kind: str, path: str | Path) -> Part:
-    """The part of this kind. Raises FileNotFoundError that says where to get it."""
-    if kind not in parts:
-        raise FileNotFoundError(f"no {kind} in {path}, {download_hint(kind)}")
-    return parts[kind]
-
-
 def find_tokenizer(path: Path) -> Path:
-    """The only tokenizer.json below a folder, or the file itself. Raises FileNotFoundError, or ValueError on two."""
-    files = sorted(path.rglob("tokenizer.json")) if path.is_dir() else [path]
+    """The only tokenizer.json below a folder, or the file itself. Raises MissingFile, or UserError on two."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(path.rglob("tokenizer.json"))
     if not files or not files[0].exists():
-        raise FileNotFoundError(f"no tokenizer in {path}, {download_hint('tokenizer')}")
+        raise MissingFile(f"no tokenizer in {path}, {download_hint('tokenizer')}")
     if len(files) > 1:
-        raise ValueError(f"{files[0]} and {files[1]} are both tokenizers: keep one of them")
+        raise UserError(f"{files[0]} and {files[1]} are both tokenizers: keep one of them")
     return files[0]
 
 
-def download_hint(kind: str) -> str:
-    """The exact files and repositories that hold a part."""
-    original, diffusers, comfy = SOURCES[kind]
-    options = [f"{original} of {ORIGINAL}", f"{diffusers} of {ORIGINAL}-Diffusers"]
-    return "get " + ", or ".join(options + ([f"split_files/{comfy} of {COMFY}"] if comfy else []))
+# Three steps: pick the part, check its headers against the module, and only then read tensor by tensor.
 
 
-def index_tensors(part: Part) -> dict[str, Entry]:
-    """{our name: where it is}, once every tensor is known to be of a plain dtype and to come from one file only."""
-    entries: dict[str, Entry] = {}
-    for name, entry in part.tensors:
-        if entry.dtype not in DTYPES.values() or re.search(r"scale_weight$|scaled_fp8$", entry.key):
-            fp16 = SOURCES[part.layout.part][2].replace("1.3B", "14B" if 5120 in entry.shape else "1.3B")
-            got = f"{entry.file}: fp8 weights are not supported ({entry.key}, {entry.dtype})"
-            raise ValueError(f"{got}, get split_files/{fp16} of {COMFY}")
-        other = entries.setdefault(name, entry)
-        if other.file != entry.file and {other.key, entry.key} != TIED:
-            raise ValueError(f"{other.file} and {entry.file} both hold {name}: remove one, or load from one file only")
-    return entries
+def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
+    """The headers of a folder, unless they are read already. Raises MissingFile if it is no folder."""
+    if isinstance(folder, Checkpoint):
+        return folder
+    if not Path(folder).is_dir():
+        hint = f"{download_hint('dit')}, with its other files, and give their folder"
+        raise MissingFile(f"no folder {folder}: {hint}")
+    return read_checkpoint(folder)
+
+
+def _load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Find, check and read one part."""
+    part = read_checkpoint(path).require(kind)
+    return load_weights(build_and_check(part), part, device, dtype)
+
+
+def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
+    """All parts on the meta device. Raises as load_wan."""
+    modules = {}
+    for kind in MODULES:
+        modules[kind] = build_and_check(checkpoint.require(kind))
+    return modules
+
+
+def _model_name(modules: dict[str, nn.Module]) -> str:
+    """The name of the published model of this size, or "custom"."""
+    return NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
 
 
 def build_and_check(part: Part) -> nn.Module:
-    """The part's module on the meta device, once the headers alone have shown that the files fill it exactly."""
-    kind, where, entries = part.layout.part, part.where, index_tensors(part)
-    shapes = {name: entry.shape for name, entry in entries.items()}
+    """The part's module on the meta device, once the headers alone have shown that the files fill it exactly.
+
+    Raises UserError that names tensors and files if any is missing, unexpected or of another shape.
+    """
+    index = index_tensors(part)
+    shapes = {name: tensor.shape for name, tensor in index.items()}
     try:
-        config = CONFIGS[kind](shapes, part.configs)
+        config = CONFIGS[part.layout.part](shapes, part.configs)
     except KeyError as name:
-        raise ValueError(f"{where}: tensor {name} is missing{missing_shards(part)}") from None
+        raise UserError(f"{part.location}: tensor {name} is missing{missing_shards(part)}") from None
     except ValueError as problem:
-        raise ValueError(f"{where}: {problem}; is its config.json beside it?") from None
+        raise UserError(f"{part.location}: {problem}; is its config.json beside it?") from None
     with torch.device("meta"):
-        module = MODULES[kind](config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    bad = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
-    faults = {
-        "missing": [name for name in wanted if name not in shapes],
-        "unexpected": [f"{entry.key} in {entry.file}" for name, entry in entries.items() if name not in wanted],
-        "wrongly shaped": [f"{name} {shapes[name]}, not {wanted[name]}, in {entries[name].file}" for name in bad],
-    }
-    for fault, names in faults.items():
+        module = MODULES[part.layout.part](config)
+    for fault, names in _compare_shapes(module, index).items():
         if names:
-            raise ValueError(f"{where}: {len(names)} tensors {fault}: {abbreviate(names)}{missing_shards(part)}")
+            listed = f"{len(names)} tensors {fault}: {abbreviate(names)}"
+            raise UserError(f"{part.location}: {listed}{missing_shards(part)}")
     return module
 
 
-def abbreviate(items: list[str]) -> str:
-    """The first three, and how many more there are."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[str, list[str]]:
+    """{fault: descriptions of the tensors that have it} of the files' tensors against a module's."""
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing = [name for name in expected if name not in index]
+    unexpected = []
+    wrong_shape = []
+    for name, tensor in index.items():
+        if name not in expected:
+            unexpected.append(f"{tensor.key} in {tensor.file}")
+        elif tensor.shape != expected[name]:
+            wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
+    return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
 
 
-def missing_shards(part: Part) -> str:
-    """The files that an index beside a part's shards lists and the disk lacks, as the end of a message."""
-    for index in sorted({index for file in part.files for index in file.parent.glob("*.index.json")}):
-        listed = set(read_json(index)["weight_map"].values())
-        lost = sorted(name for name in listed if not (index.parent / name).exists())
-        if lost and listed & {file.name for file in part.files}:
-            return f"; {index} also lists {abbreviate(lost)}: get what is not there"
-    return ""
+def load_weights(
+    module: nn.Module,
+    part: Part,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    hasher: FileHasher | None = None,
+) -> nn.Module:
+    """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-
-def load_weights(module: nn.Module, part: Part, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """Read, cast and move one tensor at a time, so that the peak is the module and the mapped pages of one shard."""
-    islands = FP32_PARTS if part.layout.part == "dit" else ()
+    So the peak of memory is the module and the mapped pages of one file. Raises UserError on a tensor that is not
+    finite or all zero, and on two copies of a tied tensor that differ.
+    """
     state: dict[str, Tensor] = {}
     for file in part.files:
-        names = {entry.key: name for name, entry in part.tensors if entry.file == file}
-        for key, tensor in read_tensors(file, names):
-            name = names[key]
-            target = torch.float32 if any(island in name for island in islands) else dtype
-            tensor = tensor.to(target, copy=True)  # without a copy, overwriting the file would change the model
-            low, high = tensor.aminmax()  # both bounds carry a NaN along
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{file}: {key} is not finite as {target}: damaged, or the dtype is too narrow for it")
-            if tensor.ndim > 1 and name.endswith("weight") and low == high == 0:
-                raise ValueError(f"{file}: {key} is all zero, as if never filled: download or convert it again")
-            state.setdefault(name, tensor := tensor.to(device))
-            if not tensor.equal(state[name]):
-                raise ValueError(f"{file}: {key} differs from another copy of {name}, and the two should be one tensor")
+        tensors = read_tensors(file, part.keys(file))
+        if hasher is not None:
+            tensors = hasher.watch(file, tensors)
+        for key, tensor in tensors:
+            if key not in part.names:
+                continue  # the tokenizer's bytes
+            name = part.names[key]
+            weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
+            del tensor  # it keeps its file mapped
+            if name not in state:
+                state[name] = weight
+            elif not weight.equal(state[name]):
+                raise UserError(f"{file}: {key} differs from another copy of {name}, and the two should be one tensor")
     module.load_state_dict(state, strict=True, assign=True)
-    assert not any(tensor.is_meta for tensor in chain(module.parameters(), module.buffers()))
     return module.eval().requires_grad_(False)
+
+
+def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a parameter gets: some of the DiT's stay float32."""
+    if part.layout.part == "dit" and keeps_float32(name):
+        return torch.float32
+    return dtype
+
+
+def _cast(tensor: Tensor, source: str, name: str, dtype: torch.dtype) -> Tensor:
+    """A copy, so that overwriting the file does not change the model. Raises UserError as load_weights."""
+    weight = tensor.to(dtype, copy=True)
+    low, high = weight.aminmax()  # both bounds carry a NaN along
+    if not (low.isfinite() and high.isfinite()):
+        raise UserError(f"{source} is not finite as {dtype}: damaged, or the dtype is too narrow for it")
+    if weight.ndim > 1 and name.endswith("weight") and low == high == 0:
+        raise UserError(f"{source} is all zero, as if never filled: download or convert it again")
+    return weight

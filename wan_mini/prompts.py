@@ -1,4 +1,4 @@
-"""Prompts: cleaning as Wan does, Wan's negative prompt, text vectors."""
+"""Prompts: cleaned as Wan does, Wan's negative prompt, and their encoding into text vectors."""
 
 import html
 import re
@@ -7,7 +7,7 @@ import unicodedata
 import torch
 from torch import Tensor
 
-from wan_mini.device.offload import resident
+from wan_mini.device.offload import on_device
 from wan_mini.load import Wan
 from wan_mini.tokenizer import SPACES
 
@@ -19,6 +19,8 @@ NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+# Widths and ligatures: on other characters NFKC would change the meaning ("10²" is not "102").
+FOLDED = "[\u3000\uff01-\uffef\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]"
 
 
 def clean_prompt(text: str) -> str:
@@ -31,37 +33,57 @@ def clean_prompt(text: str) -> str:
 
     Source: Wan 2.1, wan/modules/tokenizers.py; ftfy 6.3.
     """
-    before, is_markup = None, "<" in text
+    is_markup = "<" in text
+    before = None
     while text != before:
         before = text
         if not is_markup:
-            text = re.sub("&#?[0-9A-Za-z]{1,24};", lambda match: html.unescape(match[0]), text)
-        text = re.sub("[\x80-\x9f]", lambda match: html.unescape(f"&#{ord(match[0])};"), text)
-        # NFKC for widths and ligatures only: on the rest it would change what is said ("10²" is not "102").
-        folded = "[\u3000\uff01-\uffef\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]"
-        text = re.sub(folded, lambda match: unicodedata.normalize("NFKC", match[0]), text.replace("\ufb05", "\u017ft"))
-        text = re.sub("[\u02bc\u2018-\u201b]", "'", re.sub("[\u201c-\u201f]", '"', text))
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        text = re.sub("\x1b\\[[0-9;]*[a-zA-Z]", "", text)
-        text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)
+            text = re.sub("&#?[0-9A-Za-z]{1,24};", _unescape, text)
+        text = re.sub("[\x80-\x9f]", _read_as_windows_1252, text)
+        text = text.replace("\ufb05", "\u017ft")  # NFKC would make "st" of the ligature of long s and t
+        text = re.sub(FOLDED, _fold, text)
+        text = re.sub("[\u201c-\u201f]", '"', text)
+        text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")  # lone surrogates
+        text = re.sub("\x1b\\[[0-9;]*[a-zA-Z]", "", text)  # terminal colors
+        text = re.sub("[\0-\x08\x0b\x0e-\x1f\x7f\u206a-\u206f\ufeff\ufff9-\ufffc]", "", text)  # control characters
         text = unicodedata.normalize("NFC", text)
-    return re.sub(f"[{SPACES}]+", " ", html.unescape(html.unescape(text))).strip()
+    text = html.unescape(html.unescape(text))
+    return re.sub(f"[{SPACES}]+", " ", text).strip()
+
+
+def _unescape(entity: re.Match[str]) -> str:
+    return html.unescape(entity[0])
+
+
+def _read_as_windows_1252(control: re.Match[str]) -> str:
+    return html.unescape(f"&#{ord(control[0])};")  # HTML reads these numbers so
+
+
+def _fold(char: re.Match[str]) -> str:
+    return unicodedata.normalize("NFKC", char[0])
 
 
 @torch.no_grad()
-def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, blocks: bool = True) -> list[Tensor]:
-    """Text vectors of each prompt, (1, L, text_dim), cut to the prompt's own length L <= text_len.
+def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offload_blocks: bool = False) -> list[Tensor]:
+    """Text vectors of each prompt, (1, L, text_dim), truncated to the prompt's own length L <= text_len.
 
     A prompt that is too long loses its end, not its end-of-text token; the empty prompt is that token alone.
-    blocks: see offload.resident.
+    offload_blocks: keep the text encoder's blocks in the host's memory, and copy each to the device for its turn.
     """
-    limit, texts = wan.dit.config.text_len, []
-    with resident(wan.text_encoder, device, blocks=blocks):
+    vectors = []
+    with on_device(wan.text_encoder, device, offload_blocks=offload_blocks):
         for prompt in prompts:
-            ids = wan.tokenizer.encode(clean_prompt(prompt))
-            if len(ids) > limit:
-                print(f"note: the prompt has {len(ids)} tokens, the model reads {limit}: its end is cut off")
-                ids = [*ids[: limit - 1], ids[-1]]
+            ids = _truncate(wan.tokenizer.encode(clean_prompt(prompt)), wan.dit.config.text_len)
             batch = torch.tensor([ids], device=device)  # (1, L)
-            texts.append(wan.text_encoder(batch, torch.ones_like(batch)))
-    return texts
+            mask = torch.ones_like(batch)
+            vectors.append(wan.text_encoder(batch, mask))  # (1, L) -> (1, L, text_dim)
+    return vectors
+
+
+def _truncate(ids: list[int], limit: int) -> list[int]:
+    """At most `limit` ids, the last of them kept; says so if there are more."""
+    if len(ids) <= limit:
+        return ids
+    print(f"note: the prompt has {len(ids)} tokens, the model reads {limit}: its end is cut off")
+    return [*ids[: limit - 1], ids[-1]]

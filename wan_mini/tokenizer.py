@@ -1,10 +1,9 @@
 """The UMT5 tokenizer: prompt to ids, from the official `tokenizer.json`, with nothing but Python.
 
-    prompt -> clean_prompt -> cut out added tokens -> normalize -> words -> pieces of each word -> add </s>
+    prompt -> clean_prompt -> split at added tokens -> normalize -> words -> pieces of each word -> add </s>
 
-Every step is what the file says and gives the ids that the `tokenizers` package gives for the same file; a component
-that files of the T5 family do not hold is refused by name. The file's own truncation and padding are ignored: cutting
-to `text_len` and filling with `Tokenizer.pad_id` is the caller's business.
+Every step gives the ids that the `tokenizers` package gives for the same file; a component that files of the T5 family
+do not hold is refused by name. The file's truncation and padding are ignored: they are the caller's.
 """
 
 import base64
@@ -13,12 +12,15 @@ import re
 import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
-from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+from wan_mini.errors import MissingFile, UserError
+
+Normalizer = Callable[[str], str]
 
 MARK = "▁"  # stands for a space
-# Unicode's White_Space, the file format's idea of a space; `str.isspace` would add four control characters.
+# Unicode's White_Space, which is what the file format calls a space; `str.isspace` would add four control characters.
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 UNKNOWN_PENALTY = 10.0  # an unknown character scores this much less than the worst piece (sentencepiece)
 
@@ -26,75 +28,109 @@ UNKNOWN_PENALTY = 10.0  # an unknown character scores this much less than the wo
 class Tokenizer:
     """Text to ids and back; `pad_id` is the id that fills a batch. Build it with `from_file`."""
 
-    def __init__(self, spec: dict):
+    def __init__(self, spec: dict[str, Any]) -> None:
+        """spec: the contents of a tokenizer.json. Raises ValueError if it is not supported, KeyError if it is short."""
         match spec["model"]:
             case {"type": "Unigram", "unk_id": int(unk_id), "vocab": [_, *_] as vocab} if unk_id < len(vocab):
-                self.unk_id, self.byte_fallback = unk_id, spec["model"].get("byte_fallback", False)
+                self.unk_id = unk_id
             case other:
                 raise _unsupported("model", other, "Unigram with unk_id and vocab")
+        self.byte_fallback: bool = spec["model"].get("byte_fallback", False)
         self.scores = {piece: float(score) for piece, score in vocab}
         self.unknown_score = min(self.scores.values()) - UNKNOWN_PENALTY
         self.longest = max(map(len, self.scores))
         self.pieces = {index: piece for index, (piece, _) in enumerate(vocab)}
         self.ids = {piece: index for index, piece in self.pieces.items()}
         self.normalize = _normalizer(spec["normalizer"])
-        self.cut_words = _word_cutter(spec["pre_tokenizer"])
+        self.split_words = _word_splitter(spec["pre_tokenizer"])
         self.drops_mark = _has_prefix("decoder", spec["decoder"])
         self.suffix = _suffix(spec["post_processor"])
-        self.added = {token["content"]: token for token in spec["added_tokens"]}
-        for content, token in self.added.items():
-            if token["single_word"] or token["normalized"] or token["id"] != self.ids.get(content, token["id"]):
-                raise _unsupported("added token", token, "its id in the vocab, neither single_word nor normalized")
-            self.pieces[token["id"]] = content
-        self.added_pattern = re.compile("|".join(map(re.escape, sorted(self.added, key=len, reverse=True))))
+        self.added: dict[str, dict[str, Any]] = {}
+        self.special_ids: set[int] = set()
+        for token in spec["added_tokens"]:
+            self._add_token(token)
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.added_pattern = re.compile("|".join(map(re.escape, longest_first)))
         self.pad_id: int = self.added["<pad>"]["id"]
+
+    def _add_token(self, token: dict[str, Any]) -> None:
+        """Register a token that is found in the raw text, before anything else. Raises ValueError as __init__."""
+        content = token["content"]
+        moved = token["id"] != self.ids.get(content, token["id"])
+        if moved or token["single_word"] or token["normalized"]:
+            raise _unsupported("added token", token, "its id in the vocab, neither single_word nor normalized")
+        self.added[content] = token
+        self.pieces[token["id"]] = content
+        if token["special"]:
+            self.special_ids.add(token["id"])
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizer.json`; FileNotFoundError if it is not there, ValueError naming what it holds amiss."""
+        """Read a `tokenizer.json`. Raises MissingFile if it is not there, UserError that names what is unsupported."""
         try:
-            return cls(json.loads(Path(path).read_bytes()))
-        except KeyError as error:
-            raise ValueError(f"{path} is not a UMT5 tokenizer.json: it has no {error}") from None
-        except (ValueError, TypeError, struct.error) as error:
-            raise ValueError(f"{path} is not a UMT5 tokenizer.json: {error}") from None
+            content = Path(path).read_bytes()
+        except FileNotFoundError:
+            raise MissingFile(f"{path} does not exist: give a UMT5 tokenizer.json") from None
+        try:
+            return cls(json.loads(content))
+        except KeyError as key:
+            raise UserError(f"{path} is not a UMT5 tokenizer.json: it has no {key}") from None
+        except (ValueError, TypeError, struct.error) as problem:
+            raise UserError(f"{path} is not a UMT5 tokenizer.json: {problem}") from None
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text`, closed by </s>; neither cut nor padded."""
-        ids, done = [], 0
+        """The ids of `text`, closed by </s>; neither truncated nor padded."""
+        ids: list[int] = []
+        done = 0  # characters of the text that are encoded
         for match in self.added_pattern.finditer(text):
-            token, (start, end) = self.added[match[0]], match.span()
+            token = self.added[match[0]]
+            start, end = match.span()
             if token["lstrip"]:
                 start = len(text[:start].rstrip(SPACES))
             if token["rstrip"]:
                 end = len(text) - len(text[end:].lstrip(SPACES))
-            ids += [*self._encode_plain(text[done:start]), token["id"]]
+            ids.extend(self._encode_plain(text[done:start]))
+            ids.append(token["id"])
             done = end
-        return [*ids, *self._encode_plain(text[done:]), *self.suffix]
+        ids.extend(self._encode_plain(text[done:]))
+        return ids + self.suffix
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of `ids` without the special tokens; ValueError for an id that no piece has."""
-        ids = list(ids)
-        if unknown := [index for index in ids if index not in self.pieces]:
-            raise ValueError(f"id {unknown[0]} has no piece, want ids of this tokenizer's {len(self.pieces)} pieces")
-        special = {token["id"] for token in self.added.values() if token["special"]}
-        pieces = [self.pieces[index] for index in ids if index not in special]
+        """The text of `ids` without the special tokens. Raises ValueError on an id that no piece has."""
+        pieces = []
+        for index in ids:
+            if index not in self.pieces:
+                raise ValueError(f"id {index} has no piece, want ids of this tokenizer's {len(self.pieces)} pieces")
+            if index not in self.special_ids:
+                pieces.append(self.pieces[index])
         if pieces and self.drops_mark:
             pieces[0] = pieces[0].replace(MARK, "")
         return "".join(pieces).replace(MARK, " ")
 
     def _encode_plain(self, text: str) -> Iterator[int]:
-        """Yield the ids of a text that holds no added token."""
-        unk = self.unk_id
-        for word in self.cut_words(self.normalize(text)):
-            for is_unknown, group in groupby(self._best_cut(word), lambda piece: self.ids.get(piece, unk) == unk):
-                pieces = list(group)
-                yield from self._encode_unknown("".join(pieces)) if is_unknown else map(self.ids.get, pieces)
+        """Yield the ids of a text that holds no added token; unknown neighbors are encoded together."""
+        for word in self.split_words(self.normalize(text)):
+            unknown = ""
+            for piece in self._best_cut(word):
+                if self.ids.get(piece, self.unk_id) == self.unk_id:
+                    unknown += piece
+                    continue
+                yield from self._encode_unknown(unknown)
+                yield self.ids[piece]
+                unknown = ""
+            yield from self._encode_unknown(unknown)
 
     def _encode_unknown(self, chars: str) -> list[int]:
-        """Return the ids of the bytes of unknown neighbors, if the file has them, else one id for them all."""
-        ids = [self.ids.get(f"<0x{byte:02X}>") for byte in chars.encode()] if self.byte_fallback else [None]
-        return [self.unk_id] if None in ids else ids
+        """The ids of the characters' bytes if the file has them all, else one id for them all."""
+        if not chars:
+            return []
+        ids = []
+        for byte in chars.encode():
+            piece = f"<0x{byte:02X}>"
+            if not self.byte_fallback or piece not in self.ids:
+                return [self.unk_id]
+            ids.append(self.ids[piece])
+        return ids
 
     def _best_cut(self, word: str) -> list[str]:
         """Cut `word` into pieces with the largest sum of scores (Viterbi); among equals the longest last piece wins."""
@@ -102,27 +138,31 @@ class Tokenizer:
         cut = [0] * (len(word) + 1)  # cut[i]: where its last piece begins
         for start in range(len(word)):
             for end in range(start + 1, min(start + self.longest, len(word)) + 1):
-                score = self.scores.get(word[start:end], self.unknown_score if end == start + 1 else None)
+                score = self.scores.get(word[start:end])
+                if score is None and end == start + 1:
+                    score = self.unknown_score
                 if score is not None and best[start] + score > best[end]:
-                    best[end], cut[end] = best[start] + score, start
-        pieces, end = [], len(word)
+                    best[end] = best[start] + score
+                    cut[end] = start
+        pieces = []
+        end = len(word)
         while end:
             pieces.append(word[cut[end] : end])
             end = cut[end]
         return pieces[::-1]
 
 
-def _unsupported(component: str, spec: object, wanted: str) -> ValueError:
-    return ValueError(f"{component} {str(spec)[:100]} is not supported, want {wanted}")
+def _unsupported(component: str, spec: object, expected: str) -> ValueError:
+    return ValueError(f"{component} {str(spec)[:100]} is not supported, want {expected}")
 
 
-def _normalizer(spec: dict | None) -> Callable[[str], str]:
+def _normalizer(spec: dict[str, Any] | None) -> Normalizer:
+    """What a file's normalizer does to a text. Raises ValueError if it is not supported."""
     match spec:
         case None:
-            return lambda text: text
+            return str
         case {"type": "Sequence", "normalizers": [*specs]}:
-            steps = [_normalizer(step) for step in specs]
-            return lambda text: reduce(lambda done, step: step(done), steps, text)
+            return _sequence([_normalizer(step) for step in specs])
         case {"type": "Precompiled", "precompiled_charsmap": str(charsmap)}:
             return _CharsMap(base64.b64decode(charsmap, validate=True))
         case {"type": "Strip", "strip_left": bool(left), "strip_right": bool(right)}:
@@ -132,36 +172,53 @@ def _normalizer(spec: dict | None) -> Callable[[str], str]:
     raise _unsupported("normalizer", spec, "null, Precompiled, Strip, Replace of ' {2,}', or a Sequence of these")
 
 
-def _word_cutter(spec: dict | None) -> Callable[[str], Iterator[str]]:
-    """Return what cuts a text into words, each with the mark of the space before it."""
-    spaced = "(?s:.+)"  # one "word": only the marks cut
+def _sequence(steps: list[Normalizer]) -> Normalizer:
+    def apply_all(text: str) -> str:
+        for step in steps:
+            text = step(text)
+        return text
+
+    return apply_all
+
+
+def _word_splitter(spec: dict[str, Any] | None) -> Callable[[str], Iterator[str]]:
+    """What splits a text into words, each with the mark of the space before it. Raises ValueError as _has_prefix."""
+    chunks = "(?s:.+)"  # the whole text: only the marks split it
     match spec:
         case {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, last]}:
-            spaced, spec = f"[^{SPACES}]+", last
+            chunks = f"[^{SPACES}]+"
+            spec = last
     prefix = MARK * _has_prefix("pre_tokenizer", spec)
 
-    def cut(text: str) -> Iterator[str]:
-        for word in re.findall(spaced, text):
-            word = word.replace(" ", MARK)
-            yield from re.findall(f"{MARK}[^{MARK}]*|[^{MARK}]+", word if word[0] == MARK else prefix + word)
+    def split(text: str) -> Iterator[str]:
+        for chunk in re.findall(chunks, text):
+            marked = chunk.replace(" ", MARK)
+            if not marked.startswith(MARK):
+                marked = prefix + marked
+            yield from re.findall(f"{MARK}[^{MARK}]*|[^{MARK}]+", marked)
 
-    return cut
+    return split
 
 
-def _has_prefix(component: str, spec: dict | None) -> bool:
-    """Return whether a Metaspace puts a mark before every text, in the new or the old spelling."""
+def _has_prefix(component: str, spec: Any) -> bool:
+    """Whether a Metaspace puts a mark before every text, in its new or old spelling. Raises ValueError if neither."""
     match spec:
         case {"type": "Metaspace", "replacement": "▁"} if spec.get("split", True):
-            scheme = spec.get("prepend_scheme", "always" if spec.get("add_prefix_space", True) else "never")
+            old_spelling = "always" if spec.get("add_prefix_space", True) else "never"
+            scheme = spec.get("prepend_scheme", old_spelling)
             if scheme in ("always", "never"):
-                return scheme == "always"
+                return bool(scheme == "always")
     raise _unsupported(component, spec, 'Metaspace of "▁", prepended always or never, split')
 
 
-def _suffix(spec: dict | None) -> list[int]:
+def _suffix(spec: dict[str, Any] | None) -> list[int]:
+    """The ids that close every text. Raises ValueError if the post-processor adds anything before it."""
     match spec:
         case {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}, *after], "special_tokens": tokens}:
-            return [index for item in after for index in tokens[item["SpecialToken"]["id"]]["ids"]]
+            ids: list[int] = []
+            for item in after:
+                ids.extend(tokens[item["SpecialToken"]["id"]]["ids"])
+            return ids
     raise _unsupported("post_processor", spec, "TemplateProcessing of the text and </s>")
 
 
@@ -173,7 +230,7 @@ class _CharsMap:
     grapheme cluster under 6 bytes becomes, whole, the replacement of its shortest prefix in the trie: "½́" is "1⁄2".
     """
 
-    def __init__(self, blob: bytes):
+    def __init__(self, blob: bytes) -> None:
         (size,) = struct.unpack_from("<I", blob)
         self.trie = struct.unpack_from(f"<{size // 4}I", blob, 4)
         self.replacements = blob[4 + size :]
@@ -183,12 +240,16 @@ class _CharsMap:
 
     def _replace(self, cluster: str) -> str:
         key = cluster.encode()
-        if len(key) < 6 and (whole := self._find(key)) is not None:
-            return whole
-        return cluster if len(cluster) == 1 else "".join(map(self._replace, cluster))
+        if len(key) < 6:
+            replacement = self._find(key)
+            if replacement is not None:
+                return replacement
+        if len(cluster) == 1:
+            return cluster
+        return "".join(map(self._replace, cluster))
 
     def _find(self, key: bytes) -> str | None:
-        """Return the replacement of the shortest prefix of `key` that the trie holds, None if it holds none."""
+        """The replacement of the shortest prefix of `key` that the trie holds, None if it holds none."""
         node = _child(self.trie[0])
         for byte in key:
             node ^= byte
@@ -203,14 +264,15 @@ class _CharsMap:
 
 
 def _child(unit: int) -> int:
+    """Offset from a node of the trie to its children: 22 bits, and one that shifts them."""
     return unit >> 10 << (unit >> 9 & 1) * 8
 
 
 def _graphemes(text: str) -> Iterator[str]:
-    """Cut a text into grapheme clusters (Unicode annex 29), as far as it matters.
+    """Split a text into grapheme clusters (Unicode annex 29), as far as it matters.
 
-    Hangul, flags, joined emoji and Indic conjuncts stay in parts. Whole they have 6 bytes or more, so it shows only
-    where an accent of two bytes follows a part that the map itself holds.
+    Hangul, flags, joined emoji and Indic conjuncts stay in parts: whole they have 6 bytes or more, so that it shows
+    only where an accent of two bytes follows a part that the map itself holds.
     """
     kinds = "".join(map(_grapheme_kind, text))
     for match in re.finditer("\r\n|[\r\nC]|P*O?E*", kinds):
@@ -218,7 +280,7 @@ def _graphemes(text: str) -> Iterator[str]:
 
 
 def _grapheme_kind(char: str) -> str:
-    """Return P if a character joins the next, E if it joins the last, C for a control, itself for CR and LF, else O."""
+    """P if a character joins the next, E if it joins the last, C for a control, itself for CR and LF, else O."""
     for kind, members in (
         ("P", "[\u0600-\u0605\u06dd\u070f\u0890\u0891\u08e2\u0d4e]"),
         ("E", "[\u200c\u200d\u0e33\u0eb3\uff9e\uff9f\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]"),
@@ -231,4 +293,8 @@ def _grapheme_kind(char: str) -> str:
     category = unicodedata.category(char)
     if category[0] == "M":
         return "E"
-    return char if char in "\r\n" else "C" if category in ("Cc", "Cf", "Zl", "Zp") else "O"
+    if char in "\r\n":
+        return char
+    if category in ("Cc", "Cf", "Zl", "Zp"):
+        return "C"
+    return "O"

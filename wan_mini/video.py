@@ -18,27 +18,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wan_mini import ffmpeg
+from wan_mini.config import TOKEN_SIZE, valid_frames, valid_size
 from wan_mini.errors import MissingFile, UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # of a folder's frames
 ANIMATION_EXTENSIONS = (".gif", ".webp", ".apng")  # an IMAGE_EXTENSIONS file may hold an animation, too
 VIDEO_EXTENSIONS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")  # these need ffmpeg
 MIN_FRAMES = 5  # two latent frames, the least that can show motion
-MIN_SIDE = 16  # pixels of one token
 EXIF_IMAGE_DESCRIPTION = 0x010E  # the EXIF tag that keeps a WebP's metadata
-
-
-def valid_frames(frames: int, available: int | None = None) -> int:
-    """The 4k+1 nearest to `frames` (79 -> 77, 80 -> 81) and not above `available`: the VAE packs 1+4+4+... frames."""
-    nearest = frames // 4 * 4 + 1
-    if available is None:
-        return nearest
-    return min(nearest, (available - 1) // 4 * 4 + 1)
-
-
-def valid_size(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) cut down to multiples of 16 pixels: a latent covers 8, a token covers 2 latents."""
-    return size[0] // 16 * 16, size[1] // 16 * 16
 
 
 def nearest_frames(durations: Sequence[float], fps: float) -> np.ndarray:
@@ -145,7 +132,7 @@ def _check_request(size: tuple[int, int] | None, frames: int | None, fps: float 
     if frames is not None and (frames < MIN_FRAMES or frames != valid_frames(frames)):
         usable = max(MIN_FRAMES, valid_frames(frames))
         raise UserError(f"frames must be 4k+1 and at least {MIN_FRAMES}, got {frames}: try {usable}")
-    if size is not None and (min(size) < MIN_SIDE or tuple(size) != valid_size(size)):
+    if size is not None and (min(size) < TOKEN_SIZE or tuple(size) != valid_size(size)):
         raise UserError(f"size must be (height, width) in multiples of 16, got {size}: round it with valid_size")
     if fps is not None and fps <= 0:
         raise UserError(f"fps must be above 0, got {fps}: Wan was trained at 16")

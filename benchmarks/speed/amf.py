@@ -27,11 +27,14 @@ from window import (
     Pair,
     dense_amf,
     frame_pairs,
+    logit_features,
     place_windows,
+    raster_slot,
     tile_centers,
+    tile_tokens,
+    token_coords,
     windowed_amf,
 )
-from window import _tile_tokens as tile_tokens
 
 Flow = Callable[[Tensor, Tensor], Tensor]  # q, k -> displacements
 AT_ONCE = "dense, all at once"
@@ -46,16 +49,9 @@ def all_pairs(frames: int) -> list[Pair]:
     """All ordered pairs, those of one distance together."""
     pairs = []
     for distance in range(1 - frames, frames):
-        for i in range(max(0, -distance), min(frames, frames - distance)):
-            pairs.append((i, i + distance))
+        starts = range(max(0, -distance), min(frames, frames - distance))
+        pairs += [(i, i + distance) for i in starts]
     return pairs
-
-
-def token_coordinates(grid: Grid, like: Tensor) -> Tensor:
-    """Row and column of every token of a frame, in raster order, (S,2)."""
-    _, rows, columns = grid
-    coordinates = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-    return coordinates.to(like.device, like.dtype)
 
 
 def plain_amf(q: Tensor, k: Tensor, grid: Grid, tau: float) -> Tensor:
@@ -64,7 +60,7 @@ def plain_amf(q: Tensor, k: Tensor, grid: Grid, tau: float) -> Tensor:
     tokens = grid[1] * grid[2]
     scale = tau / (q.shape[2] * q.shape[3] ** 0.5)
     logits = (scale * q[0].flatten(1)) @ k[0].flatten(1).mT  # (N,C) x (C,N) -> (N,N)
-    coordinates = token_coordinates(grid, q)
+    coordinates = token_coords(grid, q)  # (S,2)
     matches = logits.unflatten(1, (frames, tokens)).softmax(-1) @ coordinates  # (N,N) -> (N,F,S) -> (N,F,2)
     matches = matches.unflatten(0, (frames, tokens)).transpose(1, 2)  # (N,F,2) -> (F,S,F,2) -> (F,F,S,2)
     return matches - coordinates
@@ -75,14 +71,11 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: T
 
     q, k (1,N,M,D) -> (pairs,S,2); as in windowed_amf, a backward computes each pair again.
     """
-    frames = grid[0]
-    tokens = grid[1] * grid[2]
-    tiles, slots = tile_tokens(grid, config.tile, q.device)  # (tiles,t), (S,)
-    coordinates = token_coordinates(grid, q)
-    scale = config.tau / (q.shape[2] * q.shape[3] ** 0.5)
-    queries = scale * q[0].flatten(1).unflatten(0, (frames, tokens))  # (1,N,M,D) -> (N,C) -> (F,S,C)
+    tiles = tile_tokens(grid, config.tile, q.device)  # (tiles,t)
+    slots = raster_slot(grid, config.tile, q.device)  # (S,)
+    coordinates = token_coords(grid, q)  # (S,2)
+    queries, keys = logit_features(q, k, grid, config.tau)  # (1,N,M,D) -> (F,S,C) each
     queries = queries[:, tiles.flatten()]  # (F,S,C) -> (F,tiles*t,C)
-    keys = k[0].flatten(1).unflatten(0, (frames, tokens))  # (1,N,M,D) -> (N,C) -> (F,S,C)
     windows = place_windows(centers, grid, config.window)  # (pairs,tiles,keys)
 
     def flow_of_pair(query: Tensor, key: Tensor, window: Tensor) -> Tensor:
@@ -92,7 +85,7 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: T
         return matches.flatten(0, 2)[slots] - coordinates  # (tiles,t,1,2) -> (tiles*t,2) -> (S,2)
 
     flows = []
-    for (i, j), window in zip(pairs, windows):
+    for (i, j), window in zip(pairs, windows, strict=True):
         flow = checkpoint(flow_of_pair, queries[i], keys[j], window, use_reentrant=False, preserve_rng_state=False)
         flows.append(flow)
     return torch.stack(flows)  # pairs x (S,2) -> (pairs,S,2)

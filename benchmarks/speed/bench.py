@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.speed.measure import Call, Cost, measure
 from benchmarks.speed.random_models import SIZE_NAMES, named_size
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import DTYPES, pick_attention, pick_device, pick_dtype
 from wan_mini.runs.cli import Parser
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +57,7 @@ class Bench:
         self.size = named_size(getattr(args, "size", "tiny"))
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(self.device, args.dtype)
+        self.attention = pick_attention(self.device)  # kernels in the order in which a run asks for them
         self.rows: dict[str, Row] = {}
         self.calls: dict[str, tuple[Call, int]] = {}  # of the rows that can alternate with others
         self.results: dict[str, Any] = {}  # what follows from the rows
@@ -199,11 +200,11 @@ def format_table(rows: dict[str, Row]) -> str:
         cells.append(row.get("reference") or "-")
         cells.append(row.get("note", ""))
         lines.append(cells)
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = []
     for name, *numbers, reference, note in lines:
         padded = [name.ljust(widths[0])]
-        for cell, width in zip(numbers, widths[1:]):
+        for cell, width in zip(numbers, widths[1:-2], strict=True):
             padded.append(cell.rjust(width))
         padded += [reference.ljust(widths[-2]), note]
         texts.append("  ".join(padded).rstrip())

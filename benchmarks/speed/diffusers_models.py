@@ -47,7 +47,7 @@ def diffusers_vae(ours: WanVAE, device: torch.device, dtype: torch.dtype) -> Any
 def build_with_weights(
     name: str, sizes: dict[str, Any], ours: nn.Module, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """diffusers' class of that name with our weights, in the dtypes that its from_pretrained would give them."""
+    """Diffusers' class of that name with our weights, in the dtypes that its from_pretrained would give them."""
     try:
         import diffusers  # here, as it takes seconds, and not every machine has it
     except ImportError:

@@ -18,9 +18,10 @@ from benchmarks.speed.bench import Bench, build_parser
 from benchmarks.speed.diffusers_models import TOLERANCE, diffusers_dit
 from benchmarks.speed.measure import difference
 from benchmarks.speed.random_models import random_dit, random_inputs
+from wan_mini.attention import rope_table
 from wan_mini.device.flops import forward_flops
-from wan_mini.device.select import compile_blocks
-from wan_mini.dit import Block, WanDiT, rope_table
+from wan_mini.device.select import attention_backend, compile_blocks
+from wan_mini.dit import Block, WanDiT
 from wan_mini.runs.cli import run
 
 ATTENTION_KERNELS = {
@@ -40,6 +41,12 @@ def text_keys_values(dit: WanDiT, text: Tensor) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
+def forward(bench: Bench, dit: WanDiT, *inputs: Tensor) -> Tensor:
+    """A forward by the kernels of attention that a run takes, which diffusers does not."""
+    with attention_backend(bench.attention):
+        return dit(*inputs)
+
+
 def time_classifier_free_guidance(bench: Bench, ours: WanDiT, x: Tensor, text: Tensor, operations: int) -> None:
     """Rows of both passes of classifier-free guidance, one after the other and as a batch."""
     one = torch.tensor([500.0])
@@ -47,8 +54,13 @@ def time_classifier_free_guidance(bench: Bench, ours: WanDiT, x: Tensor, text: T
     latents = x.expand(2, -1, -1, -1, -1)  # (1,16,F,h,w) -> (2,16,F,h,w)
     texts = text.expand(2, -1, -1)  # (1,L,text_dim) -> (2,L,text_dim)
     reference = "guidance, two passes"
-    bench.row(reference, lambda: [ours(x, one, text), ours(x, one, text)], operations=2 * operations)
-    batch = partial(ours, latents, two, texts)
+
+    def two_passes() -> None:
+        forward(bench, ours, x, one, text)
+        forward(bench, ours, x, one, text)
+
+    bench.row(reference, two_passes, operations=2 * operations)
+    batch = partial(forward, bench, ours, latents, two, texts)
     bench.row("guidance, a batch of two", batch, reference=reference, operations=2 * operations)
 
 
@@ -83,7 +95,7 @@ def time_kernels(bench: Bench, ours: WanDiT, x: Tensor, text: Tensor, operations
         calls[f"ours, {name} attention"] = partial(forward_with_kernel, kernel, ours, *inputs)
     compiled = deepcopy(ours)
     compile_blocks(compiled)
-    calls["ours, compiled blocks"] = partial(compiled, *inputs)
+    calls["ours, compiled blocks"] = partial(forward, bench, compiled, *inputs)
     for name, call in calls.items():
         try:
             bench.row(name, call, reference="ours", operations=operations)
@@ -105,12 +117,13 @@ def main(argv: list[str] | None = None) -> None:
         bench.skip("diffusers", "not installed")
     else:
         bench.row("diffusers", lambda: theirs(*their_inputs), operations=operations)
-    bench.row("ours", lambda: ours(x, timestep, text), reference="diffusers", operations=operations)
+    our_forward = partial(forward, bench, ours, x, timestep, text)
+    bench.row("ours", our_forward, reference="diffusers", operations=operations)
     time_classifier_free_guidance(bench, ours, x, text, operations)
     time_savings(bench, ours, x, text)
     time_kernels(bench, ours, x, text, operations)
     if theirs is not None:
-        error = difference(ours(x, timestep, text), theirs(*their_inputs).sample)
+        error = difference(our_forward(), theirs(*their_inputs).sample)
         bench.results["velocity, difference"] = error
         assert error <= TOLERANCE[bench.dtype], f"the two compute different velocities: {error}"
     bench.finish()

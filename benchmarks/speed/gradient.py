@@ -21,10 +21,12 @@ from benchmarks.speed.guided_step import GuidedStep
 from benchmarks.speed.measure import difference
 from benchmarks.speed.random_models import random_dit
 from benchmarks.speed.release_schedule import ReleaseGuidance, flush, release_optimize
-from fastvmt import Guide
+from fastvmt import FastVMT
 from skip_optim import optimize
+from wan_mini.attention import apply_rope, rope_table
 from wan_mini.device.flops import gradient_flops
-from wan_mini.dit import Block, apply_rope, rope_table
+from wan_mini.device.select import attention_backend
+from wan_mini.dit import Block
 from wan_mini.runs.cli import run
 
 # Norm of two gradients' difference over the norm of one, at most: where the arithmetic is the same (a GPU adds in any
@@ -34,10 +36,10 @@ OTHER_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 REUSED = 20  # updates in a row; the first has a gradient, of next to nothing
 
 
-class WholeModelGuidance(Guide):
+class WholeModelGuidance(FastVMT):
     """Guidance without truncation: the whole model runs, and a hook captures its q and k on the way."""
 
-    def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the block, (1,N,M,D) each."""
         attention = cast(Block, self.dit.blocks[self.block]).self_attn
         captured: dict[str, Tensor] = {}
@@ -49,14 +51,14 @@ class WholeModelGuidance(Guide):
             attention.norm_q.register_forward_hook(partial(capture, "q")),
             attention.norm_k.register_forward_hook(partial(capture, "k")),
         ]
-        recompute = self.recompute if x.requires_grad else "none"
-        self.dit(x, timestep.reshape(1), text, recompute=recompute)
+        recompute = self.recompute if latents.requires_grad else "none"
+        self.dit(latents, timestep.reshape(1), text, recompute=recompute)
         for hook in hooks:
             hook.remove()
         heads = (attention.num_heads, -1)
         q = captured["q"].unflatten(-1, heads)  # (1,N,C) -> (1,N,M,D)
         k = captured["k"].unflatten(-1, heads)
-        rope = rope_table(self.grid, q.shape[-1], x.device)
+        rope = rope_table(self.grid, q.shape[-1], latents.device)
         return apply_rope(q, rope), apply_rope(k, rope)
 
 
@@ -64,7 +66,7 @@ class WholeModelGuidance(Guide):
 class Schedule:
     """One way to compute a gradient."""
 
-    guidance: type[Guide]
+    guidance: type[FastVMT]
     recompute: str  # what of a block is recomputed
     flushed: bool  # whether memory is flushed after it
 
@@ -73,9 +75,9 @@ SCHEDULES = {
     "released schedule": Schedule(ReleaseGuidance, "block", True),
     "released, not flushed": Schedule(ReleaseGuidance, "block", False),
     "whole model, blocks recomputed": Schedule(WholeModelGuidance, "block", False),
-    "ours, blocks recomputed": Schedule(Guide, "block", False),
-    "ours, all but attention recomputed": Schedule(Guide, "selective", False),
-    "ours": Schedule(Guide, "none", False),
+    "ours, blocks recomputed": Schedule(FastVMT, "block", False),
+    "ours, all but attention recomputed": Schedule(FastVMT, "selective", False),
+    "ours": Schedule(FastVMT, "none", False),
 }
 
 
@@ -101,10 +103,11 @@ def time_gradients(bench: Bench, step: GuidedStep) -> dict[str, Tensor]:
     gradients: dict[str, Tensor] = {}
     operations = gradient_flops(bench.size.dit, prod(bench.size.grid), bench.size.block)
     for name, schedule in SCHEDULES.items():
-        loss, norms = step.loss(schedule.guidance, schedule.recompute)
+        norms: dict[str, float] = {}
+        loss = step.loss(schedule.guidance, schedule.recompute, norms)
         call = partial(compute_gradient, step.latents, loss, schedule.flushed, gradients, name)
         bench.row(name, call, reference="released schedule", operations=operations)
-    first = partial(call, norms=norms)
+    first = partial(call, norms=norms)  # of the last schedule, ours
     bench.row("ours, first of a guided step", first, reference="ours", operations=operations)
     return gradients
 
@@ -121,8 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, compare, print."""
     bench = Bench("gradient", build_parser(__doc__).parse_args(argv))
     dit = random_dit(bench.size.dit, bench.device, bench.dtype)
-    step = GuidedStep(bench, dit)
-    gradients = time_gradients(bench, step)
+    with attention_backend(bench.attention):
+        step = GuidedStep(bench, dit)
+        gradients = time_gradients(bench, step)
     time_reuse(bench, step.latents)
     for name, gradient in gradients.items():
         error = difference(gradient, gradients["ours, blocks recomputed"])

@@ -58,7 +58,8 @@ def measure(call: Call, device: torch.device, repeats: int, reference: Call | No
     median, spread = median_and_spread(seconds)
     ratio = None
     if reference is not None:
-        ratio = statistics.median(a / b for a, b in zip(seconds, reference_seconds))
+        ratios = [a / b for a, b in zip(seconds, reference_seconds, strict=True)]
+        ratio = statistics.median(ratios)
     return Cost(median, spread, len(seconds), None if peak is None else peak / 1e9, ratio)
 
 

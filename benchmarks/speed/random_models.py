@@ -8,10 +8,25 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastvmt import TINY_MOTION, MotionConfig
-from wan_mini.config import T2V_1_3B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE, DiTConfig, UMT5Config, VAEConfig
-from wan_mini.dit import FP32_PARTS, WanDiT
+from fastvmt import MotionConfig
+from wan_mini.config import (
+    T2V_1_3B,
+    TINY,
+    TINY_UMT5,
+    TINY_VAE,
+    UMT5_XXL,
+    WAN_VAE,
+    ClipConfig,
+    DiTConfig,
+    UMT5Config,
+    VAEConfig,
+    latent_shape,
+    token_grid,
+)
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.load import Wan
+from wan_mini.runs.request import load_preset
+from wan_mini.tiny import demo
 from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -29,19 +44,17 @@ class Size:
     vae: VAEConfig
     text_encoder: UMT5Config
     motion: MotionConfig
-    frames: int  # 4k+1
-    height: int  # pixels, multiple of 16
-    width: int
+    clip: ClipConfig
 
     @property
     def latents(self) -> tuple[int, int, int, int, int]:
         """Shape of the clip's latents, (1,16,F,h,w)."""
-        return 1, self.dit.in_dim, (self.frames - 1) // 4 + 1, self.height // 8, self.width // 8
+        return latent_shape(self.clip.frames, self.clip.height, self.clip.width)
 
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens of the clip, (F,H,W)."""
-        return (self.frames - 1) // 4 + 1, self.height // 16, self.width // 16
+        return token_grid(self.clip.frames, self.clip.height, self.clip.width)
 
     @property
     def block(self) -> int:
@@ -54,12 +67,13 @@ class Size:
 def named_size(name: str) -> Size:
     """One of SIZE_NAMES; "small" has heads as wide as the official ones and takes a few seconds on a CPU."""
     if name == "1.3B":
-        return Size(T2V_1_3B, WAN_VAE, UMT5_XXL, MotionConfig(), frames=81, height=480, width=832)
+        return Size(T2V_1_3B, WAN_VAE, UMT5_XXL, MotionConfig(), ClipConfig())
     if name == "small":
         dit = DiTConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=12, text_dim=64)
         motion = MotionConfig(steps=10, window=11)
-        return Size(dit, VAEConfig(dim=32), TINY_UMT5, motion, frames=17, height=240, width=416)
-    return Size(TINY, TINY_VAE, TINY_UMT5, TINY_MOTION, frames=33, height=128, width=192)
+        return Size(dit, VAEConfig(dim=32), TINY_UMT5, motion, ClipConfig(height=240, width=416, frames=17))
+    clip, motion = load_preset(demo.CHECKPOINT, MotionConfig())
+    return Size(TINY, TINY_VAE, TINY_UMT5, motion, clip)
 
 
 def random_module(
@@ -88,11 +102,6 @@ def random_module(
         state[name] = weight
     module.load_state_dict(state, strict=True, assign=True)
     return module.eval().requires_grad_(False)
-
-
-def keeps_float32(name: str) -> bool:
-    """Whether load_dit leaves this parameter in float32."""
-    return any(part in name for part in FP32_PARTS)
 
 
 def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:

@@ -5,7 +5,7 @@ The mathematics is ours, loss and windows included, so that both must give the s
     released                                                      ours
     two thirds of the blocks (20 of 30), whole, and the head      the blocks before the one read (14), its q and k
     each block recomputed, its self-attention again inside it     kept, or each block recomputed once
-    RoPE in complex128                                            real, float32
+    RoPE in complex128                                            float32
     frame pairs one after the other                               in chunks
     after each update, twice gc.collect and empty_cache           never
     an update without a gradient: backward of (x * g).sum()       only the optimizer's step
@@ -16,6 +16,7 @@ amf.py measures what gathering costs.
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -23,32 +24,38 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 
 import window
-from fastvmt import Guide
+from fastvmt import FastVMT
 from skip_optim import Report
-from wan_mini.dit import Attention, Block, attention, rope_table, timestep_embedding
+from wan_mini.dit import Attention, Block
 
 Captured = list[tuple[Tensor, Tensor]]  # queries and keys of the block that is read, each (1,N,M,D)
 
 
-class ReleaseGuidance(Guide):
+class ReleaseGuidance(FastVMT):
     """Guidance on the released schedule."""
 
-    def qk(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    def before_step(self, index: int, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+        """FastVMT.before_step with the release's optimizer loop."""
+        c = self.config
+        if index >= c.guided_steps:
+            return latents
+        target = self.target_at(sigma, timestep)
+        loss = partial(self.loss, timestep=timestep, target=target, norms={})
+        latents, report = release_optimize(latents, loss, steps=c.optim_steps, interval=c.interval, lr=c.lr)
+        self.losses.append(report.losses)
+        return latents
+
+    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, captured on the way through two thirds of the model and its head."""
         dit = self.dit
-        embedded = dit.patch_embedding(x.to(dit.patch_embedding.weight.dtype))  # (1,16,F,2H,2W) -> (1,C,F,H,W)
-        stream = embedded.flatten(2).mT.float()  # (1,C,F,H,W) -> (1,N,C)
-        cos, sin = rope_table(self.grid, dit.config.dim // dit.config.num_heads, x.device)
+        x, time, modulation, text, (cos, sin) = dit.embed(latents, timestep.reshape(1), text)
         angles = torch.complex(cos.double(), sin.double())  # (N,1,D/2)
-        time = dit.time_embedding(timestep_embedding(timestep.reshape(1), dit.config.freq_dim).to(x.device))
-        modulation = dit.time_projection(time).unflatten(1, (6, -1))  # (1,6C) -> (1,6,C)
-        text = dit.embed_text(text)
         captured: Captured = []
         depth = max(2 * len(dit.blocks) // 3, self.block + 1)
         for index, block in enumerate(dit.blocks[:depth]):
             into = captured if index == self.block else None
-            stream = recompute(whole_block, block, stream, modulation, text, angles, into, use_reentrant=False)
-        dit.unpatchify(dit.head(stream, time), self.grid)
+            x = recompute(whole_block, block, x, modulation, text, angles, into, use_reentrant=False)
+        dit.unpatchify(dit.head(x, time), self.grid)
         return captured[0]
 
     def flow(self, q: Tensor, k: Tensor, centers: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -78,7 +85,7 @@ def self_attention(attn: Attention, x: Tensor, angles: Tensor, captured: Capture
     v = attn.v(x).unflatten(-1, (attn.num_heads, -1))  # (1,N,C) -> (1,N,M,D)
     if captured is not None and not captured:
         captured.append((q, k))
-    return attn.o(attention(q.to(v.dtype), k.to(v.dtype), v))
+    return attn.o(attn.attend(q.to(v.dtype), k.to(v.dtype), v))
 
 
 def complex_rope(x: Tensor, angles: Tensor) -> Tensor:

@@ -18,7 +18,9 @@ from benchmarks.speed.full_run import time_transfer
 from benchmarks.speed.guided_step import GuidedStep
 from benchmarks.speed.measure import exponent
 from benchmarks.speed.random_models import Size, random_wan
-from fastvmt import Guide
+from fastvmt import FastVMT
+from wan_mini.config import TOKEN_SIZE
+from wan_mini.device.select import attention_backend
 from wan_mini.load import Wan
 from wan_mini.runs.cli import run
 from window import windowed_amf
@@ -35,15 +37,15 @@ def sweeps(size: Size) -> dict[str, Sweep]:
     """What is changed, and how."""
     by_frames = []
     for frames in FRAMES:
-        changed = replace(size, frames=frames)
+        changed = replace(size, clip=replace(size.clip, frames=frames))
         by_frames.append((changed.grid[0], changed))
     by_tokens = []
     for scale in SCALES:
-        height = round(size.height * scale / 16) * 16
-        width = round(size.width * scale / 16) * 16
-        changed = replace(size, height=height, width=width)
+        height = round(size.clip.height * scale / TOKEN_SIZE) * TOKEN_SIZE
+        width = round(size.clip.width * scale / TOKEN_SIZE) * TOKEN_SIZE
+        changed = replace(size, clip=replace(size.clip, height=height, width=width))
         by_tokens.append((changed.grid[1] * changed.grid[2], changed))
-    long = replace(size, frames=LONG)
+    long = replace(size, clip=replace(size.clip, frames=LONG))
     by_span = [(span, replace(long, motion=replace(size.motion, span=span))) for span in SPANS]
     by_window = [(window, replace(size, motion=replace(size.motion, window=window))) for window in WINDOWS]
     return {"latent frames": by_frames, "tokens a frame": by_tokens, "span": by_span, "window": by_window}
@@ -52,11 +54,11 @@ def sweeps(size: Size) -> dict[str, Sweep]:
 def time_guidance(bench: Bench, wan: Wan, label: str) -> None:
     """Rows of a flow and of a gradient, for bench.size."""
     step = GuidedStep(bench, wan.dit)
-    loss, _ = step.loss(Guide, "none")
-    guidance = step.guidance(Guide)
+    loss = step.loss(FastVMT, "none", norms={})
+    guidance = step.guidance(FastVMT)
     config = step.config
     with torch.no_grad():
-        q, k = guidance.qk(step.latents, step.timestep, step.text)
+        q, k = guidance.queries_keys(step.latents, step.timestep, step.text)
 
     def flow(q: Tensor, k: Tensor) -> Tensor:
         displacement, _ = windowed_amf(
@@ -67,7 +69,7 @@ def time_guidance(bench: Bench, wan: Wan, label: str) -> None:
             tau=config.tau,
             tile=config.tile,
             window=config.window,
-            centers=step.centers,
+            centers=step.target.centers,
         )
         return displacement
 
@@ -79,7 +81,7 @@ def time_guidance(bench: Bench, wan: Wan, label: str) -> None:
 
 def time_short_run(bench: Bench, wan: Wan, label: str) -> None:
     """The row of a transfer of two steps, for bench.size."""
-    motion = replace(bench.size.motion, steps=2, guided=0.5)
+    motion = replace(bench.size.motion, steps=2, guidance_fraction=0.5)
     costs = time_transfer(wan, replace(bench.size, motion=motion), bench.device)
     bench.record(f"run, {label}", **costs["whole"])
 
@@ -99,21 +101,27 @@ def exponents(bench: Bench, name: str, sweep: Sweep) -> dict[str, float]:
     return values
 
 
+def time_sweep(bench: Bench, wan: Wan, name: str, sweep: Sweep) -> None:
+    """The rows of one sweep, and its exponents."""
+    for number, changed in sweep:
+        bench.size = changed
+        label = f"{name} {number}"
+        time_guidance(bench, wan, label)
+        if name in ("latent frames", "tokens a frame"):
+            time_short_run(bench, wan, label)
+    bench.results |= exponents(bench, name, sweep)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure all sweeps, and print."""
     bench = Bench("scaling", build_parser(__doc__, repeats=3).parse_args(argv))
     size = bench.size
     wan = random_wan(size, bench.args.size, bench.device, bench.dtype)
-    warm_up = replace(size, motion=replace(size.motion, steps=1))
-    time_transfer(wan, warm_up, bench.device)  # or the first of the runs below would be a cold one
-    for name, sweep in sweeps(size).items():
-        for number, changed in sweep:
-            bench.size = changed
-            label = f"{name} {number}"
-            time_guidance(bench, wan, label)
-            if name in ("latent frames", "tokens a frame"):
-                time_short_run(bench, wan, label)
-        bench.results |= exponents(bench, name, sweep)
+    with attention_backend(bench.attention):
+        warm_up = replace(size, motion=replace(size.motion, steps=1))
+        time_transfer(wan, warm_up, bench.device)  # or the first of the runs below would be a cold one
+        for name, sweep in sweeps(size).items():
+            time_sweep(bench, wan, name, sweep)
     bench.finish()
 
 

@@ -15,12 +15,12 @@ from benchmarks.speed.measure import median_and_spread
 from wan_mini.runs.cli import run
 
 
-class ProgramFailed(Exception):
+class ProgramError(Exception):
     """A program's exit status was not 0; the message is the last line that it printed."""
 
 
 def run_program(command: list[str], log: Path) -> tuple[float, float]:
-    """Seconds and peak GB of a process. Raises ProgramFailed."""
+    """Seconds and peak GB of a process. Raises ProgramError."""
     start = time.perf_counter()
     with log.open("w+b") as output:
         process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=output, stderr=output)
@@ -28,7 +28,7 @@ def run_program(command: list[str], log: Path) -> tuple[float, float]:
     seconds = time.perf_counter() - start
     if status != 0:
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise ProgramFailed(lines[-1])
+        raise ProgramError(lines[-1])
     unit = 1 if sys.platform == "darwin" else 1024
     return seconds, usage.ru_maxrss * unit / 1e9
 
@@ -42,7 +42,7 @@ def time_program(bench: Bench, name: str, command: list[str], folder: Path) -> N
         arguments = [out if argument == "OUT" else argument for argument in command]
         try:
             duration, peak = run_program(arguments, folder / "log")
-        except ProgramFailed as error:
+        except ProgramError as error:
             bench.skip(name, f"failed: {error}")
             return
         if repeat > 0:  # the first fills the disk's cache

@@ -1,4 +1,4 @@
-"""The VAE's encode and decode, beside diffusers' AutoencoderKLWan with the same weights, in float32 as in a transfer.
+"""The VAE's encode and decode, beside diffusers' AutoencoderKLWan with the same weights, in float32 without TF32.
 
 Both are exact and process a clip in the same chunks, so only how each convolution is done, and what is kept from chunk
 to chunk, can differ. Operations are those of 3D convolutions, counted by torch; on a CPU ours does others.
@@ -14,6 +14,7 @@ from benchmarks.speed.bench import Bench, build_parser
 from benchmarks.speed.diffusers_models import TOLERANCE, diffusers_vae
 from benchmarks.speed.measure import difference
 from benchmarks.speed.random_models import Size, random_inputs, random_module
+from wan_mini.device.select import exact_float32
 from wan_mini.runs.cli import run
 from wan_mini.vae import WanVAE
 
@@ -72,8 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     ours = random_module(WanVAE, size.vae, bench.device, bench.dtype)
     theirs = diffusers_vae(ours, bench.device, bench.dtype)
     latents, _, _ = random_inputs(size, bench.device)
-    clip = torch.rand(1, 3, size.frames, size.height, size.width).to(bench.device) * 2 - 1
-    compare(bench, ours, theirs, clip, latents)
+    clip = torch.rand(1, 3, size.clip.frames, size.clip.height, size.clip.width).to(bench.device) * 2 - 1
+    with exact_float32(bench.device):
+        compare(bench, ours, theirs, clip, latents)
     bench.finish()
 
 

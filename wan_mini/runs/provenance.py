@@ -1,32 +1,33 @@
-"""Which files and versions a result came from."""
+"""Which clip and which versions a result came from; the hashes of the weights are Wan.hashes."""
 
 import hashlib
 import platform
+import re
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
-from wan_mini.checkpoint import find_parts
-
-
-def sha256_file(file: Path) -> str:
-    """SHA-256 of a file, read in pieces: it may be larger than the memory."""
-    sha256 = hashlib.sha256()
-    with file.open("rb") as stream:
-        while piece := stream.read(2**24):
-            sha256.update(piece)
-    return sha256.hexdigest()
+PACKAGE = "fastvmt-mini"
 
 
-def checkpoint_hashes(model: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a checkpoint folder."""
-    files = sorted({file for part in find_parts(model).values() for file in part.files})
-    return {str(file.relative_to(model)): sha256_file(file) for file in tqdm(files, desc="hash", unit="file")}
+def sha256_clip(frames: np.ndarray) -> str:
+    """SHA-256 of a clip's pixels, whatever file they came from. frames (T,H,W,3) uint8."""
+    return hashlib.sha256(frames.tobytes()).hexdigest()
+
+
+def package_version() -> str:
+    """Version of this program: pyproject.toml's in a source checkout, else the installed package's."""
+    pyproject = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if pyproject.exists():
+        return re.findall(r'^version = "(.+?)"', pyproject.read_text(encoding="utf-8"), re.MULTILINE)[0]
+    return version(PACKAGE)
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the five packages."""
-    others = {name: version(name) for name in ("safetensors", "numpy", "pillow", "tqdm")}
-    return {"python": platform.python_version(), "torch": torch.__version__, **others}
+    """Versions of this program, of Python and of the five packages."""
+    found = {PACKAGE: package_version(), "python": platform.python_version(), "torch": torch.__version__}
+    for name in ("safetensors", "numpy", "pillow", "tqdm"):
+        found[name] = version(name)
+    return found

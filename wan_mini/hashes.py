@@ -1,0 +1,137 @@
+"""SHA-256 of weight files without a second pass over them: from a cache, or from what a loader reads anyway."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Tensors = Iterator[tuple[str, Tensor]]  # (key, tensor)
+CHUNK = 2**24  # bytes
+SETTLED = 2_000_000_000  # nanoseconds; a file that changed later may change again within the clock's resolution
+
+
+def sha256_file(file: Path) -> str:
+    """SHA-256 of a file, read in pieces: it may be larger than the memory."""
+    sha256 = hashlib.sha256()
+    with file.open("rb") as stream:
+        while True:
+            piece = stream.read(CHUNK)
+            if not piece:
+                return sha256.hexdigest()
+            sha256.update(piece)
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this project: below XDG_CACHE_HOME, or else below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base:
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111 (pathlib's raises where there is no home)
+    return Path(base) / "fastvmt-mini"
+
+
+class HashCache:
+    """SHA-256 of files that were hashed before, valid while a file's path, size and time of change stay the same.
+
+    A cache that cannot be read or written is no error: files are then hashed again.
+    """
+
+    def __init__(self) -> None:
+        self.path = cache_folder() / "sha256.json"
+        self.entries: dict[str, list[int | str]] = {}  # {path: [size, time of change in ns, SHA-256]}
+        with suppress(OSError, ValueError):
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if isinstance(content, dict):
+                self.entries = content
+
+    def get(self, file: Path) -> str | None:
+        """The hash of a file that has not changed since it was stored, or None."""
+        size, changed = _version(file)
+        entry = self.entries.get(str(file.absolute()))
+        if not isinstance(entry, list) or entry[:2] != [size, changed]:
+            return None
+        return str(entry[2])
+
+    def store(self, file: Path, version: tuple[int, int], sha256: str) -> None:
+        """Keep a file's hash, and forget files that are gone. version: the file's before it was read."""
+        settled = time.time_ns() - version[1] > SETTLED
+        if not settled or _version(file) != version:
+            return
+        self.entries[str(file.absolute())] = [*version, sha256]
+        for path in list(self.entries):
+            if not Path(path).exists():
+                del self.entries[path]
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            written = self.path.with_suffix(f".{os.getpid()}")
+            written.write_text(json.dumps(self.entries, indent=1), encoding="utf-8")
+            written.replace(self.path)  # in one step, so that no reader finds half a cache
+
+
+class FileHasher:
+    """Hashes files beside the loader that reads them; `digests` is {file: SHA-256} of those read to the end.
+
+        hasher = FileHasher()
+        for key, tensor in hasher.watch(file, read_tensors(file, keys)):
+            ...  # a thread hashes this tensor meanwhile
+
+    A safetensors file is a header and then its tensors without gaps, so that header and tensors in the order of their
+    offsets are the file. A pickle (.pth) is an archive: it is streamed once, while its tensors are loaded.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[Path, str] = {}
+        self.cache = HashCache()
+
+    def watch(self, file: Path, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield (key, tensor) of all tensors of a file, in the order of their offsets, and hash the file meanwhile."""
+        known = self.cache.get(file)
+        if known is not None:
+            yield from tensors
+            self.digests[file] = known
+            return
+        version = _version(file)
+        watch = _watch_pickle if file.suffix == ".pth" else _watch_safetensors
+        with ThreadPoolExecutor(max_workers=1) as worker:  # hashlib and torch both release the interpreter's lock
+            digest = yield from watch(file, tensors, worker)
+        self.digests[file] = digest
+        self.cache.store(file, version, digest)
+
+
+def _watch_pickle(file: Path, tensors: Tensors, worker: ThreadPoolExecutor) -> Generator[tuple[str, Tensor], None, str]:
+    """Yield the tensors and return the file's hash."""
+    whole = worker.submit(sha256_file, file)
+    yield from tensors
+    return whole.result()
+
+
+def _watch_safetensors(
+    file: Path, tensors: Tensors, worker: ThreadPoolExecutor
+) -> Generator[tuple[str, Tensor], None, str]:
+    """Yield the tensors and return the file's hash."""
+    with file.open("rb") as stream:
+        header = stream.read(8)  # the size of the rest of the header, little-endian
+        header += stream.read(int.from_bytes(header, "little"))
+    sha256 = hashlib.sha256(header)
+    size = len(header)
+    for key, tensor in tensors:
+        update = worker.submit(sha256.update, tensor.reshape(-1).view(torch.uint8).numpy().data)
+        size += tensor.nbytes
+        yield key, tensor
+        del tensor  # so that one tensor of the file is held at a time
+        update.result()
+    if size != file.stat().st_size:  # a gap, or a tensor that was left out
+        return sha256_file(file)
+    return sha256.hexdigest()
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in nanoseconds."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
