@@ -23,7 +23,7 @@ import fastvmt
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import UserError
 from wan_mini.load import load_wan
-from wan_mini.runs.cli import Parser, parse_options, run
+from wan_mini.runs.cli import Parser, parse_pairs, run, with_options
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import (
@@ -210,7 +210,7 @@ def program(argv: list[str] | None = None) -> None:
     for name in names:
         configs[name] = replace(preset, **METHODS[name])
     for options in args.vary:
-        configs[options] = replace(preset, **parse_options(preset, options.split(), "--vary"))
+        configs[options] = with_options(preset, parse_pairs(options.split(), "--vary"), "--vary")
     device = pick_device(args.device)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
 

@@ -10,8 +10,8 @@ import torch
 
 import fastvmt
 from benchmarks import evaluate
+from wan_mini.hashes import sha256_file
 from wan_mini.load import load_vae
-from wan_mini.runs.provenance import sha256_file
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny import demo
 from wan_mini.tiny.data import to_videos

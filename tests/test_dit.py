@@ -108,6 +108,21 @@ def test_rope_depends_on_relative_position_only():
     torch.testing.assert_close(here.norm(dim=-1), q.norm().expand(4, 5, 6))
 
 
+@pytest.mark.parametrize("width", [16, 24, 48, 128])
+def test_rope_is_a_product_of_complex_numbers(width):
+    """Both forms of apply_rope, in value and gradient. Where a CPU fuses product and sum, the last bit may differ."""
+    x, rope = torch.randn(2, 60, 3, width, requires_grad=True), rope_table((3, 4, 5), width, torch.device("cpu"))
+    cos, sin = rope
+    first, second = x[..., 0::2], x[..., 1::2]
+    expected = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+    probe = torch.randn_like(x)
+    rotated = apply_rope(x, rope)
+    torch.testing.assert_close(rotated, expected, rtol=0, atol=1e-6)
+    (ours,), (theirs,) = (torch.autograd.grad(y, x, probe) for y in (rotated, expected))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    assert apply_rope(x.to("meta"), (cos.to("meta"), sin.to("meta"))).shape == x.shape  # what runs elsewhere
+
+
 @torch.no_grad()
 def test_a_batch_is_its_rows_and_padding_is_zeros():
     model = WanDiT(SMALL)

@@ -105,7 +105,7 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--vary", "color=red"], "--vary needs NAME=VALUE"),
+        (["--vary", "color=red"], "--vary needs one of steps"),
         (["--methods", "none,nine"], "--methods none,nine: choose from none,dense,fastvmt"),
         (["--clips", "0"], "--clips 0, --classifier-clips 100: give at least 1 each"),
     ],

@@ -344,7 +344,7 @@ def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch)
         assert (seen["offload_blocks"], seen["recompute"]) == (way.offload == "blocks", way.recompute)
         assert f"--offload {way.offload}, recompute {way.recompute}; at most {stage}" in capsys.readouterr().out
     for flags, message in (
-        (["--memory", "8"], "got 8: try --set"),
+        (["--memory", "8"], "got 8: try tiles (vae_tile=256)"),
         (["--memory", "8", "--offload"], "keep one"),
     ):
         assert main([*files, *flags]) == 2
@@ -373,8 +373,9 @@ def test_blocks_are_compiled_on_request(folder, tmp_path, clip, capsys, monkeypa
     said = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(r"error: cannot compile here, run without --compile \(.*no compiler here.*\)", said)
     assert main([*runs[1], "--compile"]) == 0 and main(runs[2]) == 0
-    written = [(tmp_path / name / "latents.safetensors").read_bytes() for name in ("compiled", "plain")]
-    assert written[0] == written[1] and not ways
+    compiled, plain = (load_file(tmp_path / name / "latents.safetensors") for name in ("compiled", "plain"))
+    torch.testing.assert_close(compiled["latents"], plain["latents"], rtol=1e-4, atol=1e-4)
+    assert not ways
     assert json.loads((tmp_path / "compiled" / "run.json").read_text())["compile"]
 
 

@@ -102,21 +102,6 @@ def test_the_negative_prompt_is_the_originals():
     assert len(NEGATIVE) == 137 and NEGATIVE.count("，") == 27
 
 
-def test_devices_and_dtypes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert pick_device() == torch.device("cuda") and pick_device("cuda:0") == torch.device("cuda:0")
-    assert pick_dtype(torch.device("cuda")) == torch.float32  # a T4 only emulates bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert pick_dtype(torch.device("cuda")) == torch.bfloat16
-    assert pick_dtype(torch.device("cuda"), "float32") == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device() == CPU and pick_dtype(CPU) == torch.float32
-    with pytest.raises(ValueError, match="mps is not available here, choose one of: cpu"):
-        pick_device("mps")
-
-
 def test_stages_add_up():
     stage = StageTimer(CPU)
     for _ in range(2):

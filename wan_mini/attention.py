@@ -40,11 +40,11 @@ def apply_rope(x: Tensor, rope: Rope) -> Tensor:
     """Rotate each neighboring channel pair of x (B,N,M,D), float32, by its token's angles -> (B,N,M,D)."""
     cos, sin = rope  # (N,1,D/2) each
     pairs = x.unflatten(-1, (-1, 2))  # (B,N,M,D) -> (B,N,M,D/2,2)
-    if torch.compiler.is_compiling():  # it fuses the four products, but no product of complex numbers
-        first, second = pairs.unbind(-1)  # (B,N,M,D/2) each
-        rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
-    else:  # the same numbers in one pass over memory instead of seven
+    if x.device.type == "cpu":  # one pass over memory instead of seven
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.complex(cos, sin))  # (B,N,M,D/2,2)
+    else:  # the same numbers, in a form that torch.compile can fuse
+        first, second = pairs.unbind(-1)  # (B,N,M,D/2) each
+        rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)  # (B,N,M,D/2,2)
     return rotated.flatten(-2)  # (B,N,M,D/2,2) -> (B,N,M,D)
 
 

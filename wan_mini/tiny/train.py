@@ -37,10 +37,10 @@ from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VA
 from wan_mini.device.select import pick_device
 from wan_mini.dit import WanDiT
 from wan_mini.generate import SAMPLING, generate
+from wan_mini.hashes import sha256_file
 from wan_mini.load import Wan, load_vae, load_wan, save_wan
 from wan_mini.pipeline import decode
 from wan_mini.runs.cli import Parser, run
-from wan_mini.runs.provenance import sha256_file
 from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
