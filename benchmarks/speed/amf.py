@@ -196,8 +196,8 @@ def time_frames(bench: Bench, frames: int, too_slow: set[str]) -> None:
             too_slow.add(name)
         if name in (AT_ONCE, ALL_PAIRS) and reference is None and seconds:
             reference = row
-    place = partial(tile_centers, q, k, grid, pairs, tile=config.tile)
-    bench.row(f"windows placed, F={frames}", place, note="once per run")
+    find_centers = partial(tile_centers, q, k, grid, pairs, tile=config.tile)
+    bench.row(f"windows placed, F={frames}", find_centers, note="once per run")
 
 
 def exponents(bench: Bench) -> dict[str, float]:
