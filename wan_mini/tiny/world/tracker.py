@@ -115,8 +115,8 @@ def track_camera(frames: np.ndarray, labels: np.ndarray) -> Pose:
         step = 2 * offset + (0.5 + 0.5j) * (1 - scale)  # of whole frames, where half pixel n lies at 2 n + 1/2
         last_turn, last_shift = camera[-1]
         camera.append((scale * last_turn, scale * last_shift + step))
-    turns, shifts = zip(*camera)
-    return Pose(np.array(turns), np.array(shifts))
+    factors, shifts = zip(*camera)
+    return Pose(np.array(factors), np.array(shifts))
 
 
 def _halve(x: np.ndarray) -> np.ndarray:
