@@ -194,7 +194,7 @@ class WanDiT(nn.Module):
         """Token grid (F,H,W) of latents (B,16,F,2H,2W). Raises UserError if they do not patchify."""
         patch = self.config.patch_size
         fits = latents.ndim == 5 and latents.shape[1] == self.config.in_dim
-        if not fits or any(size % p for size, p in zip(latents.shape[2:], patch)):
+        if not fits or any(size % p for size, p in zip(latents.shape[2:], patch, strict=True)):
             expected = f"(B, {self.config.in_dim}, F, H, W) with F, H, W divisible by {patch}"
             raise UserError(f"latents must be {expected}, got {tuple(latents.shape)}")
         frames, height, width = latents.shape[2:]

@@ -5,7 +5,8 @@ Our names are the original's (Wan-Video/Wan2.1), so each other naming needs one 
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 PREFIX = r"^(model\.)?diffusion_model\."  # some single-file DiTs are cut out of a larger checkpoint
@@ -66,8 +67,8 @@ class Layout(NamedTuple):
     part: str
     naming: str
     marker: str
-    starts: dict[str, str] = {}
-    inner: dict[str, str] = {}
+    starts: Mapping[str, str] = MappingProxyType({})
+    inner: Mapping[str, str] = MappingProxyType({})
 
 
 # The first layout that matches counts. `patch_embedding` has the same name in both DiT layouts: Diffusers' comes first.
@@ -172,7 +173,7 @@ def rename(layout: Layout, keys: Iterable[str]) -> dict[str, str]:
     return names
 
 
-def _replace(name: str, starts: dict[str, str], inner: dict[str, str]) -> str:
+def _replace(name: str, starts: Mapping[str, str], inner: Mapping[str, str]) -> str:
     """Apply a table's rows to one name. What a row has put there is not replaced again."""
     start = _words(starts).match(name)
     if start is None:
@@ -181,7 +182,7 @@ def _replace(name: str, starts: dict[str, str], inner: dict[str, str]) -> str:
     return starts[start[0]] + _words(inner).sub(lambda match: inner[match[0]], rest)
 
 
-def _words(rows: dict[str, str]) -> re.Pattern[str]:
+def _words(rows: Mapping[str, str]) -> re.Pattern[str]:
     """A pattern that finds the words of any row between dots, the longest first."""
     longest_first = sorted(rows, key=len, reverse=True)
     either = "|".join(map(re.escape, longest_first))

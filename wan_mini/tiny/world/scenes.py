@@ -34,7 +34,7 @@ def draw_scene(rng: Generator, count: int, limb: str | None, split: str, unlike:
         names = rng.permutation(shapes)[:count].tolist()
         if limb:
             names.append(limb)
-        objects = tuple(zip(names, rng.permutation(colors).tolist()))
+        objects = tuple(zip(names, rng.permutation(colors).tolist(), strict=False))  # there are more colors than names
         if split == "held-out" or HELD_OUT.isdisjoint(objects):
             background = str(rng.choice(backgrounds))
             return Scene(_describe(rng, objects, background), objects, background)
