@@ -167,7 +167,7 @@ def rename(layout: Layout, keys: Iterable[str]) -> dict[str, str]:
     names = {key: re.sub(PREFIX, "", key) for key in keys}
     if layout.naming == "original":
         return names
-    inner = layout.inner | _decoder_rows(names.values())
+    inner = dict(layout.inner) | _decoder_rows(names.values())
     for key, name in names.items():
         names[key] = _replace(name, layout.starts, inner)
     return names
