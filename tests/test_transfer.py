@@ -194,6 +194,20 @@ def test_it_runs_where_it_is_told_and_else_where_the_model_is(wan, clip, monkeyp
     assert recomputes == [expected]
 
 
+def test_only_blocks_at_work_are_there(wan, clip, monkeypatch):
+    offloaded = {}
+
+    def note(module, place, **options):
+        offloaded[type(module).__name__] = options.get("offload_blocks", False)
+        return on_device(module, place, **options)
+
+    monkeypatch.setattr(prompts, "on_device", note)
+    monkeypatch.setattr(fastvmt, "on_device", note)
+    for blocks in (True, False):
+        transfer(wan, clip, PROMPT, replace(SMALL, steps=1), offload_blocks=blocks)
+        assert offloaded == {"UMT5Encoder": blocks, "WanVAE": False, "WanDiT": blocks}
+
+
 @pytest.mark.parametrize(("device", "expected"), [(None, HERE), (CPU, CPU)])
 def test_so_does_plain_generation(wan, monkeypatch, device, expected):
     devices = {}

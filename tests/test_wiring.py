@@ -29,6 +29,7 @@ from wan_mini import hashes, load
 from wan_mini.config import ClipConfig
 from wan_mini.device import memory
 from wan_mini.device.memory import MemoryPlan, estimate, gradient_bytes, strategies
+from wan_mini.device.peak import peak_bytes
 from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.generate import GenerateConfig
@@ -37,8 +38,9 @@ from wan_mini.load import Wan, build_from_folder, load_wan
 from wan_mini.pipeline import SamplingConfig, decode
 from wan_mini.prompts import NEGATIVE
 from wan_mini.runs import program as program_module
-from wan_mini.runs.cli import run
+from wan_mini.runs.cli import run, with_options
 from wan_mini.runs.preview import side_by_side, with_arrows
+from wan_mini.runs.request import load_preset
 from wan_mini.tiny.world import make_clip
 from wan_mini.vae import WanVAE
 from wan_mini.video import read_video, write_video
@@ -779,6 +781,64 @@ def test_each_stage_counts_the_weights_that_work_in_it(program):
     saved = plans["parts", "block"]["guide"] - plans["blocks", "block"]["guide"]
     assert saved * 1e9 == pytest.approx(blocks / 2, abs=1)  # three blocks of six are there
     assert len(set(weights.values())) == 3
+
+
+def test_the_memory_that_is_planned_is_this_runs(program):
+    """Of this clip, with this VAE tile, this guidance, and one pass a step where cfg is 1."""
+    _, parts = build_from_folder(program.model)
+    shapes = {"dtype": torch.float32, "video_shape": (1, 3, 17, 64, 96), "latent_shape": (1, 16, 5, 8, 12)}
+    clip = ClipConfig(height=64, width=96, frames=17)
+    cases = [
+        (MotionConfig(**MOTION, cfg=1.0, amf="none"), {"cfg_passes": 1}),
+        (MotionConfig(**MOTION, amf="none", vae_tile=32), {"cfg_passes": 2, "vae_tile": 32}),
+        (MotionConfig(**MOTION, amf="none"), {"cfg_passes": 2}),
+    ]
+    tables = []
+    for config, options in cases:
+        plans = program_module.plan_memory(fastvmt.method(), parts, clip, config, torch.float32)
+        expected = estimate(parts, **shapes, **options)
+        assert [plan.stages for plan in plans] == [plan.stages for plan in expected]
+        assert all(plan.peak == max(plan.stages.values()) for plan in plans)
+        tables.append(plans[0].stages)
+    assert tables[0]["denoise"] < tables[2]["denoise"] and tables[1]["decode"] < tables[2]["decode"]
+    guided = program_module.plan_memory(fastvmt.method(), parts, clip, MotionConfig(**MOTION), torch.float32)
+    assert guided[0].stages["guide"] > guided[1].stages["guide"] > guided[2].stages["guide"]
+
+
+def test_views_take_no_memory():
+    x = torch.empty(6, 4, device="meta")
+    assert peak_bytes(lambda: x.mT.unflatten(0, (2, 2)).unbind()) == 0
+    assert peak_bytes(lambda: (x + 1).reshape(3, 8)) == x.nbytes
+
+
+# Options by name.
+
+
+def test_a_config_takes_its_own_names_and_types_only():
+    config = with_options(MotionConfig(), {"tile": "2,5", "block": "none", "lr": [0.1, 0.2], "steps": "7"}, "--set")
+    assert (config.tile, config.block, config.lr, config.steps) == ((2, 5), None, (0.1, 0.2), 7)
+    for options, message in (
+        ({"frames": 9}, "--set needs one of steps, shift, .*, got frames"),
+        ({"steps": 2.5}, "--set steps needs a value like 50, got 2.5"),
+        ({"tile": "1,2,3"}, r"--set tile needs a value like \(3, 4\), got 1,2,3"),
+        ({"negative": 7}, "--set negative needs a value like .*, got 7"),
+        ({"lr": 0.1}, r"--set lr needs a value like \(0.003, 0.002\), got 0.1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            with_options(MotionConfig(), options, "--set")
+
+
+def test_a_checkpoint_brings_its_own_options(tmp_path):
+    clip, motion = {"frames": 5, "fps": 8}, {"steps": 7, "shift": 2.0, "cfg": 3.0, "negative": "", "lr": [0.1, 0.2]}
+    (tmp_path / "motion.json").write_text(json.dumps({"clip": clip, "motion": motion}))
+    own_clip, own_motion = load_preset(tmp_path, MotionConfig())
+    assert own_clip == ClipConfig(frames=5, fps=8.0)
+    assert own_motion == MotionConfig(**(motion | {"lr": (0.1, 0.2)}))
+    assert load_preset(None, MotionConfig()) == (ClipConfig(), MotionConfig())
+    assert generate_module.preset("custom", tmp_path) == GenerateConfig(shift=2.0, cfg=3.0, negative="")
+    (tmp_path / "motion.json").write_text(json.dumps({"clip": clip, "motion": {"color": "red"}}))
+    with pytest.raises(UserError, match="motion.json: motion needs one of steps, .*, got color"):
+        load_preset(tmp_path, MotionConfig())
 
 
 @pytest.mark.gpu
