@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 notebook = naive("10_fastvmt")
 
 
-def guide(wan: Wan, z_ref: Tensor, text: Tensor, null: Tensor, c: MotionConfig):
-    """Notebook 10's `windowed_guide` for every choice of amf, centers and reference."""
+def guidance(wan: Wan, z_ref: Tensor, text: Tensor, empty_text: Tensor, c: MotionConfig):
+    """Notebook 10's windowed guidance, for every choice of amf, window_anchor, centroid and reference."""
     grid = wan.dit.grid(z_ref)
     pairs = frame_pairs(grid[0], c.span)
 
@@ -30,8 +30,8 @@ def guide(wan: Wan, z_ref: Tensor, text: Tensor, null: Tensor, c: MotionConfig):
         return windowed_amf(*qk, grid, pairs, tau=c.tau, tile=c.tile, window=c.window, centers=centers)
 
     def loss_at(t, noised):
-        clean = notebook.queries_keys(wan, z_ref, 0.0, null, c)
-        reference = clean if c.reference == "clean" else notebook.queries_keys(wan, noised, t, null, c)
+        clean = notebook.queries_keys(wan, z_ref, 0.0, empty_text, c)
+        reference = clean if c.reference == "clean" else notebook.queries_keys(wan, noised, t, empty_text, c)
         shared = {"clean": clean, "noised": reference, "self": None}[c.window_anchor]
         target, _ = flow(reference, shared or reference)
 
@@ -49,15 +49,15 @@ def guide(wan: Wan, z_ref: Tensor, text: Tensor, null: Tensor, c: MotionConfig):
 
 def transfer(wan: Wan, clip, prompt: str, c: MotionConfig, seed: int = 0):
     """Latents, the losses at each gradient, frames."""
-    return notebook.transfer_by_hand(wan, clip, prompt, c, seed=seed, guide=guide)
+    return notebook.transfer_by_hand(wan, clip, prompt, c, seed, guidance)
 
 
 def clip_flow(wan: Wan, latents: Tensor, c: MotionConfig) -> Tensor:
     """Flow of a clean clip from each latent frame to the next, read without a prompt, around its own matches."""
     grid = wan.dit.grid(latents)
-    null = encode_prompts(wan, [""], CPU)[0]
+    empty_text = encode_prompts(wan, [""], CPU)[0]
     with torch.no_grad():
-        qk = notebook.queries_keys(wan, latents, 0.0, null, c)
+        qk = notebook.queries_keys(wan, latents, 0.0, empty_text, c)
     return windowed_amf(*qk, grid, frame_pairs(grid[0], 1), tau=c.tau, tile=c.tile, window=c.window)[0]
 
 
