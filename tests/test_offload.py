@@ -110,7 +110,7 @@ def test_the_next_block_is_prefetched(calls, ahead):
     last, most = 0, []
     prefetch = prefetcher.prefetch
     prefetcher.prefetch = lambda index: (prefetch(index), most.append(len(prefetcher.copies)))
-    for call, following in zip(calls, ahead):
+    for call, following in zip(calls, ahead, strict=True):
         block = prefetcher.fetch(call)
         assert torch.equal(block.weight, blocks[call].weight) and torch.equal(block.bias, blocks[call].bias)
         assert max(most) <= 3
@@ -155,7 +155,7 @@ def test_streams_wait_for_each_other(monkeypatch):
     make_copy = ["side waits for main", "copy {}"]
     prefetcher.fetch(0)
     expected = [*make_copy, "main waits for copy 1", *make_copy]
-    assert log == [line.format(number) for line, number in zip(expected, (1, 1, 1, 2, 2))]
+    assert log == [line.format(number) for line, number in zip(expected, (1, 1, 1, 2, 2), strict=True)]
     log.clear()
     prefetcher.fetch(4)  # copy 2 is dropped, and was never fetched
     assert log == ["main waits for copy 2", "side waits for main", "copy 3", "main waits for copy 3"]
@@ -215,6 +215,22 @@ def test_pinned_memory_is_exact_and_released(monkeypatch):
     for host in hosts:
         host.release()
         host.release()  # twice is once
+    assert not cudart.pinned
+
+
+def test_the_prefetcher_releases_what_it_pinned(monkeypatch):
+    """When it is closed, and when the host cannot pin all of it."""
+    cudart = FakeCudart(fail_after=5)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream("side", []))
+    blocks = WanDiT(DIT).blocks
+    prefetcher = BlockPrefetcher(blocks, [], torch.device("cuda"))
+    assert len(cudart.pinned) == len(blocks)
+    prefetcher.close()
+    assert not cudart.pinned
+    cudart.fail_after = 2
+    with pytest.raises(UserError, match="cannot pin"):
+        BlockPrefetcher(blocks, [], torch.device("cuda"))
     assert not cudart.pinned
 
 
