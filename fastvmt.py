@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -276,6 +276,7 @@ def transfer(
     return result
 
 
+@cache  # so that choose_recompute runs each gradient once
 def gradient_of(config: MotionConfig) -> Gradient | None:
     """One gradient of the guidance as far as memory is concerned, None without guidance."""
 
@@ -307,8 +308,7 @@ def costs(config: MotionConfig, dit: WanDiT, grid: tuple[int, int, int]) -> list
 
 def method() -> Method:
     """What the command line needs to know of this method."""
-    unguided = partial(replace, amf="none")
-    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided)
+    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided=partial(replace, amf="none"))
 
 
 def main(argv: list[str] | None = None) -> int:
