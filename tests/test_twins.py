@@ -479,7 +479,7 @@ def test_logits_and_coordinates(grid):
     for u, s in ((0, 0), (3, 7), (tokens - 1, 1)):
         slow = 3.0 * flow.logits(case.q, case.k, u, tokens + s)
         same(slow, queries[0, u] @ keys[1, s], [case.q, case.k], limit=1e-11)
-    assert window.token_coords(grid, case.q).tolist() == [list(flow.place(s, grid)) for s in range(tokens)]
+    assert window.token_coords(grid, case.q).tolist() == [list(flow.coords(s, grid)) for s in range(tokens)]
     assert window.token_coords(grid, case.q.bfloat16()).dtype == torch.float32
 
 
