@@ -29,7 +29,7 @@ notebooks:  ## run every notebook and keep no output
 	$(PYTHON) notebooks/run.py --check
 
 bench:  ## every benchmark of this machine's device
-	$(PYTHON) -m benchmarks
+	$(PYTHON) -m benchmarks.speed
 
 ci:  ## all of it in a fresh environment, as CI does
 	.ci/run

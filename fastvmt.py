@@ -242,10 +242,9 @@ def transfer(
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`.
 
-    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where each part of `wan` works; None: where the
-    transformer is. offload_blocks: keep only the blocks at work on the device. recompute: one of dit.RECOMPUTE; None:
-    the least that fits. on_latents gets the result before it is decoded, so that a failure there loses nothing.
-    Raises ValueError on sizes that do not fit, FloatingPointError if latents stop being finite.
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where `wan` works; None: where its transformer is.
+    offload_blocks: keep only the blocks at work there. recompute: one of dit.RECOMPUTE; None: the least that fits.
+    on_latents gets the result before it is decoded. Raises UserError on sizes that do not fit, FloatingPointError.
     """
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
@@ -258,14 +257,14 @@ def transfer(
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
     sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
     latents = (1 - sigma) * reference + sigma * noise
-    if recompute is None:
-        gradient = gradient_of(config)
-        recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
+    gradient = gradient_of(config)
     with ExitStack() as stack:
         with timer("move"):
             stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
         with timer("guide"):
-            guidance = FastVMT(wan.dit, reference, noise, text, empty_text, config, recompute)
+            if recompute is None and gradient is not None:
+                recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
+            guidance = FastVMT(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
         latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, guidance=guidance, timer=timer)
         with timer("flows"):
             flows = guidance.clean_flow(reference), guidance.clean_flow(latents)

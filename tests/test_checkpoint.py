@@ -53,7 +53,7 @@ def test_the_vae_restores_held_out_clips():
 
 
 def test_motion_transfer_gives_the_stored_figures(tmp_path):
-    """The first four clips of benchmarks/evaluation.csv, one of each kind, with their prompts, once more.
+    """The first four clips of benchmarks/results/evaluation.csv, one of each kind, with their prompts, once more.
 
     Another processor adds in another order, and 200 updates of a latent magnify that; so the limits are wide enough
     for clips to differ, and too narrow for a transfer that does not follow.
@@ -63,7 +63,7 @@ def test_motion_transfer_gives_the_stored_figures(tmp_path):
     evaluate.program([*flags.split(), "--csv", str(now)])
     stored, again = (
         {row["clip"]: row for row in csv.DictReader(path.open(encoding="utf-8")) if row["method"] == "fastvmt"}
-        for path in (ROOT / "benchmarks/evaluation.csv", now)
+        for path in (ROOT / "benchmarks/results/evaluation.csv", now)
     )
     assert len(again) == 4 and again.keys() <= stored.keys()
     for name, limit in {"correlation": 0.1, "error_px": 4.0, "color_ok": 0.26, "gradients": 0.0}.items():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from wan_mini import generate
-from wan_mini.device.select import pick_device, pick_dtype
 from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.generate import program

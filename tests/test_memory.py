@@ -1,14 +1,13 @@
 """Memory that is predicted, beside memory that is used."""
 
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.common import logged_peak
-from fastvmt import MotionConfig, one_gradient
+from benchmarks.speed.measure import logged_peak
+from fastvmt import MotionConfig, gradient_of
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import memory
 from wan_mini.device.memory import MemoryPlan, choose_plan, choose_recompute, estimate, memory_table, sampling_stages
@@ -19,14 +18,14 @@ from wan_mini.errors import UserError
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import CausalConv3d, WanVAE
 
-CONFIG = MotionConfig(height=96, width=160, frames=17, window=3)
+CONFIG = MotionConfig(window=3)
 SIZES = {
     "dit": (WanDiT, DiTConfig(dim=96, ffn_dim=192, num_heads=2, num_layers=6, freq_dim=32, text_dim=16, text_len=8)),
     "vae": (WanVAE, VAEConfig(dim=8, num_res_blocks=1)),
     "text_encoder": (UMT5Encoder, UMT5Config(vocab=50, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=3)),
 }
 SHAPES = {"video_shape": (1, 3, 17, 96, 160), "latent_shape": (1, 16, 5, 12, 20)}
-gradient = partial(one_gradient, config=CONFIG)
+gradient = gradient_of(CONFIG)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -200,11 +199,11 @@ def test_a_gradient_is_counted_once(monkeypatch):
 def test_predicted_peak_on_a_gpu(recompute):
     """A gradient at a size where attention and activations dominate, within a tenth of what the allocator saw."""
     config = DiTConfig(dim=768, ffn_dim=3072, num_heads=6, num_layers=8, text_dim=64, text_len=64)
-    motion = MotionConfig(height=256, width=384, frames=33, window=5)
+    motion = MotionConfig(window=5)
     with CUDA:
         dit = WanDiT(config)
     memory.set_weight_dtypes({"dit": dit}, torch.bfloat16)
-    one = partial(one_gradient, config=motion)
+    one = gradient_of(motion)
     shape = (1, 16, 9, 32, 48)
     latents, text = torch.randn(shape, device=CUDA), torch.randn(1, 64, 64, device=CUDA)
     with torch.no_grad():

@@ -5,7 +5,7 @@ import torch
 from naive import naive
 
 import window
-from benchmarks.common import logged_peak
+from benchmarks.speed.measure import logged_peak
 from window import dense_amf, frame_pairs, place_windows, tile_centers, windowed_amf
 
 loops = naive("07_tiles_and_windows")

@@ -48,7 +48,7 @@ class GenerateConfig:
 def preset(name: str, folder: Path) -> GenerateConfig:
     """The options that suit a model: its checkpoint's own (motion.json), else the official README's."""
     motion = read_preset(folder).get("motion", {})
-    own = {}
+    own: dict[str, Any] = {}
     for option in ("shift", "cfg", "negative"):
         if option in motion:
             own[option] = motion[option]

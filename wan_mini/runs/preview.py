@@ -6,8 +6,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from wan_mini.config import TIME_STRIDE
+
 CAPTION = 14  # pixels above each clip
-TIME_STRIDE = 4  # video frames of a latent frame
 
 Point = tuple[float, float]  # (x, y) in pixels
 
