@@ -144,7 +144,7 @@ def table(rows: Sequence[Row], names: Sequence[str] = SHOWN) -> str:
 
 def _align(lines: list[list[str]]) -> str:
     """Cells of equally long lines, padded to columns."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     texts = []
     for line in lines:
         cells = map(str.ljust, line, widths)

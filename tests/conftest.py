@@ -1,7 +1,11 @@
-"""What several tests share: golden files, a small random checkpoint, a seed."""
+"""What several tests share: one thread, marks, golden files, a small random checkpoint, a seed, a cache."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, and for subprocesses: tests take turns on few cores
 
 import pytest
 import torch
@@ -15,6 +19,17 @@ from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no GPU. The marks themselves stand in pyproject.toml."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none here"))
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:
@@ -34,19 +49,23 @@ def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return ((got - wanted).abs().max() / wanted.abs().max()).item()
 
 
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """A checkpoint folder with random weights, smaller still than the tiny model."""
-    path = tmp_path_factory.mktemp("checkpoint")
+def random_checkpoint(path: Path, seed: int) -> Path:
+    """Write a checkpoint folder with random weights, smaller still than the tiny model."""
     dit = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=6, freq_dim=32, text_dim=16, text_len=64)
     text = UMT5Config(vocab=100, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=2)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         modules = WanDiT(dit), WanVAE(VAEConfig(dim=4, num_res_blocks=1)), UMT5Encoder(text)
-    tokenizer = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = path.parent / f"{path.name}-tokenizer.json"
     tokenizer.write_text(json.dumps(tokenizer_json(dict.fromkeys(CHARACTERS, -1.0))), encoding="utf-8")
     save_wan(path, *modules, tokenizer)
     return path
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    return random_checkpoint(tmp_path_factory.mktemp("checkpoint") / "random", seed=0)
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +76,14 @@ def wan(folder) -> Wan:
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory) -> Iterator[None]:
+    """Hashes are remembered in a folder of this session, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +104,7 @@ def folders(reference, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture
 def broken(folders, tmp_path):
-    """broken(kind, edit): a file of one part, after edit(its tensors)."""
+    """A function of kind and edit: it writes a file of one part, after edit(its tensors)."""
     import layout_folders
 
     return lambda kind, edit: layout_folders.write_broken(folders, kind, edit, tmp_path)

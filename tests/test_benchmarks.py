@@ -59,7 +59,7 @@ def test_scaling(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "table, row, to",
+    ("table", "row", "to"),
     [
         (dit, "ours", "diffusers"),
         (vae, "decode, ours", "decode, diffusers"),

@@ -3,6 +3,7 @@
 import csv
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def test_methods_change_fields_of_the_config():
 
 def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     """The whole command on a random model, of a method that copies the clip."""
+    folder = Path(shutil.copytree(folder, tmp_path / "model"))
     shutil.copyfile(CHECKPOINT / "motion.json", folder / "motion.json")
     _, preset = load_preset(CHECKPOINT, fastvmt.MotionConfig())
     calls = []

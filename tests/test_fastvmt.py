@@ -108,7 +108,7 @@ def test_without_guidance_it_is_plain_generation(wan, clip):
 @pytest.mark.parametrize("reference", ["noised", "clean"])
 @pytest.mark.parametrize("anchor", ["clean", "noised", "self"])
 def test_the_loss_is_the_papers(wan, clip, anchor, reference):
-    """FastVMT's loss against the loops of the notebooks, from queries and keys up; value and gradient to the latents."""
+    """FastVMT's loss against the notebooks' loops, from queries and keys up; value and gradient to the latents."""
     loops, losses = naive("07_tiles_and_windows"), naive("08_losses")
     config = replace(SMALL, window_anchor=anchor, reference=reference)
     text, null = encode_prompts(wan, ["a ball", ""], CPU)

@@ -120,10 +120,9 @@ def test_stages_add_up():
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (torch.OutOfMemoryError("much. More."), 2, "error: out of memory, try --offload or a smaller clip (much)\n"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+            RuntimeError("can't allocate memory: you tried"),
             2,
-            "error: out of memory, try --offload or "
-            "a smaller clip (DefaultCPUAllocator: can't allocate memory: you tried)\n",
+            "error: out of memory, try --offload or a smaller clip (can't allocate memory: you tried)\n",
         ),
         (KeyboardInterrupt(), 130, "stopped\n"),
     ],

@@ -561,6 +561,16 @@ def test_optimize(steps, interval):
     assert report.losses == pytest.approx(loops.report(x, loss, gradient, steps, interval, (0.02, 0.01)), rel=1e-5)
 
 
+@twin("losses.key_gradient_norms")
+def test_key_gradient_norms():
+    """Of losses whose gradients are known: 2 k and 1, each times its weight; a constant has none."""
+    k = leaf(1, 6, 2, 4)
+    norms = losses.key_gradient_norms(k.square().sum(), k.sum(), (5.0, 3.0), k)
+    assert norms["amf"] == pytest.approx(10 * k.norm().item(), rel=1e-5)
+    assert norms["window"] == pytest.approx(3 * 48**0.5, rel=1e-5)
+    assert losses.key_gradient_norms(k.square().sum(), torch.zeros(()), (5.0, 3.0), k)["window"] == 0
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_every_public_name_has_a_twin(module):
     tree = ast.parse((ROOT / f"{module}.py").read_text(encoding="utf-8"))

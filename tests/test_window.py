@@ -119,7 +119,7 @@ def test_displacement_is_absolute():
 
 
 def test_static_clip():
-    """q = k: no motion. q != k, the same in all frames: the flow to any frame is the flow to the own one."""
+    """Q = k: no motion. q != k, the same in all frames: the flow to any frame is the flow to the own one."""
     grid = (3, 6, 8)
     frame = torch.nn.functional.normalize(torch.randn(1, 48, 1, 32), dim=-1)
     q = frame.repeat(1, 3, 1, 1)

@@ -26,7 +26,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) 
     tables = []
     for wave in (torch.cos, torch.sin):
         axes = []
-        for axis, (size, n) in enumerate(zip(grid, pairs)):
+        for axis, (size, n) in enumerate(zip(grid, pairs, strict=True)):
             frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
             values = wave(torch.outer(torch.arange(size, dtype=torch.float64), frequencies)).float().to(device)
             shape = [1, 1, 1, n]

@@ -91,10 +91,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors: dict[str, list[TensorHeader]] = {}
     configs: dict[str, Configs] = {}
     for file in files:
-        found, config = read_header(file)
-        layout = detect(tensor.key for tensor in found)
+        headers, config = read_header(file)
+        layout = detect(tensor.key for tensor in headers)
         if layout is not None:
-            tensors.setdefault(layout.part, []).extend(found)
+            tensors.setdefault(layout.part, []).extend(headers)
             configs.setdefault(layout.part, []).append(config)
     parts = {}
     for kind in tensors:
@@ -133,8 +133,8 @@ def index_tensors(part: Part) -> dict[str, TensorHeader]:
             fp16 = SOURCES[part.layout.part].comfy
             if 5120 in tensor.shape:
                 fp16 = fp16.replace("1.3B", "14B")
-            found = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
-            raise UserError(f"{found}, get {fp16} of {COMFY}")
+            reason = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
+            raise UserError(f"{reason}, get {fp16} of {COMFY}")
         name = part.names[tensor.key]
         other = index.setdefault(name, tensor)
         if other.file != tensor.file and {other.key, tensor.key} != TIED:

@@ -1,4 +1,4 @@
-"""Plain text-to-video with Wan 2.1, no motion transfer:
+"""Plain text-to-video with Wan 2.1, no motion transfer.
 
 python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over the sea"
 """

@@ -123,9 +123,7 @@ def denoise(
 
 
 @torch.no_grad()
-def decode(
-    vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torch.dtype = torch.float32
-) -> np.ndarray:
+def decode(vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8, on the VAE's device.
 
     tile (pixels) bounds memory, see WanVAE. dtype bfloat16: convolutions and products are rounded to it.

@@ -94,9 +94,9 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
     """How many blocks the names number, from 0; the pattern's first group is the number."""
     count = 0
     for name in names:
-        found = re.match(pattern, name)
-        if found:
-            count = max(count, int(found[1]) + 1)
+        match = re.match(pattern, name)
+        if match:
+            count = max(count, int(match[1]) + 1)
     return count
 
 

@@ -140,7 +140,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
             setting.fp32_precision = "ieee"
         yield
     finally:
-        for setting, precision in zip(settings, before):
+        for setting, precision in zip(settings, before, strict=True):
             setting.fp32_precision = precision
 
 

@@ -80,8 +80,10 @@ class StageTimer:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes in use: on CUDA, of tensors since the last reset; on MPS, what torch holds now, which seldom shrinks;
-    on a CPU, the process's most so far, or None where the system does not tell (Windows).
+    """Most bytes in use, or None where the system does not tell (Windows).
+
+    On CUDA of tensors since the last reset; on MPS what torch holds now, which seldom shrinks; on a CPU the process's
+    most so far.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

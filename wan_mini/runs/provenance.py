@@ -27,7 +27,7 @@ def package_version() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of this program, of Python and of the five packages."""
-    found = {PACKAGE: package_version(), "python": platform.python_version(), "torch": torch.__version__}
+    numbers = {PACKAGE: package_version(), "python": platform.python_version(), "torch": torch.__version__}
     for name in ("safetensors", "numpy", "pillow", "tqdm"):
-        found[name] = version(name)
-    return found
+        numbers[name] = version(name)
+    return numbers

@@ -113,8 +113,8 @@ def score(frames: np.ndarray, clip: Clip, scene: Scene) -> dict[str, float]:
     labels = label_pixels(frames)
     objects, right = classify_scene(frames, labels, scene)
     true, owners = true_tracks(clip)
-    found = predicted_tracks(frames, labels, objects[: len(clip.objects)], true[owners == -1, 0])
-    predicted = fill_missing(found)
+    tracks = predicted_tracks(frames, labels, objects[: len(clip.objects)], true[owners == -1, 0])
+    predicted = fill_missing(tracks)
     if clip.kind == "several":
         orders = permutations(range(len(predicted)))
         predicted = min((predicted[list(order)] for order in orders), key=lambda paths: error_px(paths, true).mean())

@@ -34,7 +34,7 @@ def draw_scene(rng: Generator, count: int, limb: str | None, split: str, unlike:
         names = rng.permutation(shapes)[:count].tolist()
         if limb:
             names.append(limb)
-        objects = tuple(zip(names, rng.permutation(colors).tolist()))
+        objects = tuple(zip(names, rng.permutation(colors).tolist(), strict=False))  # there are more colors than names
         if split == "held-out" or HELD_OUT.isdisjoint(objects):
             background = str(rng.choice(backgrounds))
             return Scene(_describe(rng, objects, background), objects, background)
@@ -46,7 +46,7 @@ def _others(names: Iterable[str], used: set[str]) -> list[str]:
 
 def _describe(rng: Generator, objects: Objects, background: str) -> str:
     """A caption: which shapes in which colors before which background."""
-    place = rng.choice(BACKGROUNDS[background].nouns)
+    surface = rng.choice(BACKGROUNDS[background].nouns)
     bodies = []
     limbs = ""
     for shape, color in objects:
@@ -59,8 +59,8 @@ def _describe(rng: Generator, objects: Objects, background: str) -> str:
         things = ", ".join(bodies[:-2]) + ", " + things
     on = rng.choice(["on", "over", "against", "in front of"])
     if bodies:
-        sentences = [f"{things} {on} {place}", f"a picture of {things} {on} {place}", f"{on} {place}, {things}"]
+        sentences = [f"{things} {on} {surface}", f"a picture of {things} {on} {surface}", f"{on} {surface}, {things}"]
     else:
-        sentences = [place, f"a picture of {place}", f"nothing but {place}"]
+        sentences = [surface, f"a picture of {surface}", f"nothing but {surface}"]
     sentence = rng.choice(sentences)
     return f"{sentence[0].upper()}{sentence[1:]}."

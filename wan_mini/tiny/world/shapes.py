@@ -117,7 +117,9 @@ COLORS = {
     "purple": (150, 56, 222),
     "pink": (255, 80, 170),
 }
-HELD_OUT = frozenset(zip(SHAPES, COLORS))  # pairs that are never trained on; each shape and each color alone is
+HELD_OUT = frozenset(
+    zip(SHAPES, COLORS, strict=True)
+)  # pairs that are never trained on; each shape and each color alone is
 
 
 # Textures: column and row in pixels, from a random origin, and smooth noise in about [-1, 1].

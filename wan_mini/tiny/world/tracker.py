@@ -111,12 +111,12 @@ def track_camera(frames: np.ndarray, labels: np.ndarray) -> Pose:
     for _ in range(9):
         turn, shift = _refine(gray, muted, turn, shift)
     camera = [(1.0, 0j)]
-    for scale, offset in zip(turn[:, 0], shift[:, 0]):
+    for scale, offset in zip(turn[:, 0], shift[:, 0], strict=True):
         step = 2 * offset + (0.5 + 0.5j) * (1 - scale)  # of whole frames, where half pixel n lies at 2 n + 1/2
         last_turn, last_shift = camera[-1]
         camera.append((scale * last_turn, scale * last_shift + step))
-    turns, shifts = zip(*camera)
-    return Pose(np.array(turns), np.array(shifts))
+    factors, shifts = zip(*camera, strict=True)
+    return Pose(np.array(factors), np.array(shifts))
 
 
 def _halve(x: np.ndarray) -> np.ndarray:
