@@ -4,6 +4,7 @@ import inspect
 import io
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from IPython.display import Image as Shown
 from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
 
 plt.rcParams |= {
     "figure.dpi": 80,
@@ -28,8 +31,8 @@ plt.rcParams |= {
 def source(*objects: Any) -> None:
     """Print the code of functions or classes, as it stands in the modules."""
     for thing in objects:
-        file = inspect.getsourcefile(thing).replace("\\", "/").split("/")
-        print(f"# {'/'.join(file[-2:] if file[-2] in ('wan_mini', 'tiny') else file[-1:])}")
+        file = Path(inspect.getsourcefile(thing)).resolve()
+        print(f"# {file.relative_to(ROOT).as_posix()}")
         print(inspect.getsource(thing))
 
 

@@ -32,8 +32,8 @@ def execute(path: Path, check: bool) -> str:
         return str(error)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
-        said = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]  # progress bars, profiler's log
-        cell.update({"outputs": said} if cell.cell_type == "code" else {})
+        outputs = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]  # progress bars
+        cell.update({"outputs": outputs} if cell.cell_type == "code" else {})
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     text = nbformat.writes(notebook)
     if str(HERE.parent) in text:
@@ -47,12 +47,12 @@ def execute(path: Path, check: bool) -> str:
 
 def main(argv: list[str]) -> int:
     """Run what the arguments choose; returns the exit code."""
-    wanted = [word for word in argv if not word.startswith("-")]
+    patterns = [word for word in argv if not word.startswith("-")]
     paths = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
     failed = 0
     for path in paths:
         name = path.relative_to(HERE).as_posix()
-        if wanted and not any(word in name for word in wanted):
+        if patterns and not any(pattern in name for pattern in patterns):
             continue
         start = time.perf_counter()
         problem = execute(path, "--check" in argv)

@@ -479,7 +479,7 @@ def test_logits_and_coordinates(grid):
     for u, s in ((0, 0), (3, 7), (tokens - 1, 1)):
         slow = 3.0 * flow.logits(case.q, case.k, u, tokens + s)
         same(slow, queries[0, u] @ keys[1, s], [case.q, case.k], limit=1e-11)
-    assert window.token_coords(grid, case.q).tolist() == [list(flow.place(s, grid)) for s in range(tokens)]
+    assert window.token_coords(grid, case.q).tolist() == [list(flow.coords(s, grid)) for s in range(tokens)]
     assert window.token_coords(grid, case.q.bfloat16()).dtype == torch.float32
 
 
@@ -518,7 +518,7 @@ def test_pairs_one_by_one():
 # 08: losses.py
 
 
-@twin("losses.amf_loss", "losses.window_loss", "losses.total_loss")
+@twin("losses.amf_loss", "losses.window_loss", "losses.total_loss", "losses.key_gradient_norms")
 @pytest.mark.parametrize(("frames", "span"), [(5, 4), (4, 2), (3, 1), (3, 4), (2, 4)])
 def test_losses(frames, span):
     loops, pairs, grid = naive("08_losses"), window.frame_pairs(frames, span), (frames, 5, 7)
@@ -536,6 +536,8 @@ def test_losses(frames, span):
     same(tracking_loss(loops), tracking_loss(losses), [k], limit=1e-9)
     parts = flow_loss(losses), tracking_loss(losses)
     same(loops.total_loss(*parts, (1.0, 10.0)), losses.total_loss(*parts, (1.0, 10.0)), [q, k], limit=1e-9)
+    norms = loops.key_gradient_norms(flow_loss(loops), tracking_loss(loops), (1.0, 10.0), k)
+    assert losses.key_gradient_norms(*parts, (1.0, 10.0), k) == pytest.approx(norms, rel=1e-9)
 
 
 # 09: skip_optim.py
