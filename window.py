@@ -104,7 +104,7 @@ def tile_centers(
         return map_pairs(center_of, queries[:, representatives], keys, pairs)
 
 
-def place_windows(centers: Tensor, grid: Grid, window: int) -> Tensor:
+def window_keys(centers: Tensor, grid: Grid, window: int) -> Tensor:
     """Keys of the window around each center: a box of min(window,H) x min(window,W), shifted to lie inside the frame.
 
     centers (..., 2) absolute, in tokens -> (..., keys) flat token numbers inside the target frame, all distinct.
@@ -148,7 +148,7 @@ def windowed_amf(
     expected = (len(pairs), len(tokens), 2)
     if centers.shape != expected:
         raise ValueError(f"centers must be {expected} for tiles {tile}, got {tuple(centers.shape)}")
-    windows = place_windows(centers, grid, window)
+    windows = window_keys(centers, grid, window)
     coords = token_coords(grid, q)
 
     def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:

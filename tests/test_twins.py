@@ -446,7 +446,7 @@ def test_tile_centers(grid, kind):
     assert not centers.requires_grad  # Eq. 4 has no gradient, and Eq. 2 shall have none
 
 
-@twin("window.place_windows")
+@twin("window.window_keys")
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 30])
 def test_place_windows(size):
     """Centers between tokens are rounded half up; at the border the window is shifted into the frame."""
@@ -454,7 +454,7 @@ def test_place_windows(size):
     centers = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
     centers[:2] = torch.tensor([[2.5, 3.5], [3.5, 4.5]])
     expected = [loops.window_keys(center, grid, size) for center in centers]
-    assert window.place_windows(centers, grid, size).tolist() == expected
+    assert window.window_keys(centers, grid, size).tolist() == expected
 
 
 @twin("window.windowed_amf")

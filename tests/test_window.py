@@ -6,7 +6,7 @@ from naive import naive
 
 import window
 from benchmarks.speed.measure import logged_peak
-from window import dense_amf, frame_pairs, place_windows, tile_centers, windowed_amf
+from window import dense_amf, frame_pairs, window_keys, tile_centers, windowed_amf
 
 loops = naive("07_tiles_and_windows")
 
@@ -134,7 +134,7 @@ def test_static_clip():
 def test_every_window_is_distinct_keys_in_the_frame_around_its_center(size):
     grid = (1, 30, 52)
     centers = torch.stack(torch.meshgrid(torch.arange(30.0), torch.arange(52.0), indexing="ij"), -1).flatten(0, 1)
-    windows = place_windows(centers, grid, size)
+    windows = window_keys(centers, grid, size)
     assert windows.shape == (1560, min(size, 30) * min(size, 52))
     assert windows.min() >= 0 and windows.max() < 1560
     assert (windows.sort(-1).values.diff(dim=-1) > 0).all()  # distinct

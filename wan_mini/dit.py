@@ -62,7 +62,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., C) of any dtype -> (..., C) float32."""
+        """x (..., C) of any dtype -> (..., C) float32."""
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, EPS)
 
 
@@ -100,7 +100,7 @@ class Attention(nn.Module):
         return apply_rope(q, rope), apply_rope(k, rope)
 
     def forward(self, x: Tensor, context: Tensor | None = None, rope: Rope | None = None) -> Tensor:
-        """X (B,N,C) attends to context (B,L,C), or to itself -> (B,N,C) in the dtype of the weights."""
+        """x (B,N,C) attends to context (B,L,C), or to itself -> (B,N,C) in the dtype of the weights."""
         x = x.to(self.q.weight.dtype)  # float32 stream -> compute dtype
         if context is None:
             context = x
@@ -131,7 +131,7 @@ class Block(nn.Module):
         return self.self_attn.qk(h, h, rope)
 
     def forward(self, x: Tensor, time: Tensor, text: Tensor, rope: Rope) -> Tensor:
-        """X (B,N,C) float32, time (B,6,C) float32, text (B,L,C) -> (B,N,C) float32."""
+        """x (B,N,C) float32, time (B,6,C) float32, text (B,L,C) -> (B,N,C) float32."""
         # Both are float32: the modulation, because bfloat16 would round 1 + scale to 3 digits, and the gated sums,
         # because it would lose each update smaller than 1/256 of the stream.
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + time).chunk(6, dim=1)  # 6 x (B,1,C)
@@ -154,7 +154,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """X (B,N,C) float32, time (B,C) float32 -> (B,N,patch_dim) float32."""
+        """x (B,N,C) float32, time (B,C) float32 -> (B,N,patch_dim) float32."""
         shift, scale = (self.modulation + time.unsqueeze(1)).chunk(2, dim=1)  # (B,2,C) -> 2 x (B,1,C)
         return self.head(self.norm(x) * (1 + scale) + shift)
 
@@ -257,7 +257,7 @@ class WanDiT(nn.Module):
         return self.text_embedding(text.to(dtype))  # (B,text_len,text_dim) -> (B,text_len,C)
 
     def unpatchify(self, x: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """X (B,N,patch_dim) -> (B,16,F,2H,2W); inside a patch the channel runs fastest."""
+        """x (B,N,patch_dim) -> (B,16,F,2H,2W); inside a patch the channel runs fastest."""
         x = x.unflatten(2, (*self.config.patch_size, -1)).unflatten(1, grid)  # -> (B, F,H,W, pf,ph,pw, 16)
         x = x.permute(0, 7, 1, 4, 2, 5, 3, 6)  # -> (B, 16, F,pf, H,ph, W,pw)
         return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)  # -> (B, 16, F*pf, H*ph, W*pw)

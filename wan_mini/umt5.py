@@ -24,7 +24,7 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (..., C) -> same shape and dtype."""
+        """x (..., C) -> same shape and dtype."""
         return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), EPS).to(x.dtype)
 
 
@@ -70,7 +70,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(config.dim_attn, config.dim, bias=False)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """X (B,L,C), bias (B or 1, M, L, L) with very negative entries at padded keys -> (B,L,C)."""
+        """x (B,L,C), bias (B or 1, M, L, L) with very negative entries at padded keys -> (B,L,C)."""
         heads = (self.num_heads, -1)
         q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # (B,L,C) -> (B,L,M,D) -> (B,M,L,D)
         k = self.k(x).unflatten(-1, heads).transpose(1, 2)
@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B,L,C) -> same shape."""
+        """x (B,L,C) -> same shape."""
         return self.fc2(self.fc1(x) * self.gate(x))
 
 
@@ -105,7 +105,7 @@ class Block(nn.Module):
         self.pos_embedding = RelativePosition(config.num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """X (B,L,C), mask (B,1,1,L) added to the logits -> (B,L,C)."""
+        """x (B,L,C), mask (B,1,1,L) added to the logits -> (B,L,C)."""
         x = x + self.attn(self.norm1(x), self.pos_embedding(x.shape[1]) + mask)
         return x + self.ffn(self.norm2(x))
 
@@ -121,7 +121,7 @@ class UMT5Encoder(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Ids (B,L) token numbers, mask (B,L) 1 for a token, 0 for padding -> (B,L,C) in the dtype of the weights.
+        """ids (B,L) token numbers, mask (B,L) 1 for a token, 0 for padding -> (B,L,C) in the dtype of the weights.
 
         Rows at padding are undefined: drop them. Raises UserError if an id is outside the vocabulary.
         """

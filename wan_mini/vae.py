@@ -41,7 +41,7 @@ class CausalSequential(CausalLayer, nn.Sequential):
     """Layers in a row. Their caches are a list, written over in place: old and new together would be twice as much."""
 
     def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
-        """X (B,C,T,H,W), cache of the chunk before it -> result and cache."""
+        """x (B,C,T,H,W), cache of the chunk before it -> result and cache."""
         caches: list[Cache] = cache or [None] * len(self)
         for index, layer in enumerate(self):
             if isinstance(layer, CausalLayer):
@@ -67,7 +67,7 @@ class CausalConv3d(CausalLayer, nn.Conv3d):
         return x.new_zeros(b, c, self.cache_frames, h, w)
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """X (B,C,T,H,W), cache (B,C,cache_frames,H,W) -> (B,C',T/stride,H,W) and the next chunk's cache."""
+        """x (B,C,T,H,W), cache (B,C,cache_frames,H,W) -> (B,C',T/stride,H,W) and the next chunk's cache."""
         before = self.zero_cache(x) if cache is None else cache
         whole = torch.cat([before, x], dim=2)  # (B,C,T,H,W) -> (B,C,cache_frames+T,H,W)
         if cache is None and x.shape[2] == 1:  # zeros before a first frame add nothing: only the last tap counts
@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(dim, *[1] * axes))  # broadcasts over the axes behind the channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B,C,...) -> same shape and dtype."""
+        """x (B,C,...) -> same shape and dtype."""
         y = x.float()
         length = y.square().sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()  # F.normalize's, which is slow on a CPU
         gain = self.gamma.float() * len(self.gamma) ** 0.5
@@ -127,7 +127,7 @@ class ResidualBlock(CausalLayer):
         self.shortcut = nn.Conv3d(in_dim, out_dim, 1) if in_dim != out_dim else nn.Identity()
 
     def forward(self, x: Tensor, cache: list | None = None) -> tuple[Tensor, list]:
-        """X (B,C,T,H,W) -> (B,C',T,H,W) and the cache of both convolutions."""
+        """x (B,C,T,H,W) -> (B,C',T,H,W) and the cache of both convolutions."""
         y, cache = self.residual(x, cache)
         return self.shortcut(x) + y, cache
 
@@ -142,14 +142,14 @@ class AttentionBlock(nn.Module):
         self.proj = nn.Conv2d(dim, dim, 1)
 
     def attend(self, x: Tensor) -> Tensor:
-        """Frames (B*T,C,H,W) -> what attention adds to them, same shape."""
+        """frames (B*T,C,H,W) -> what attention adds to them, same shape."""
         qkv = self.to_qkv(self.norm(x)).flatten(2).mT  # (B*T,C,H,W) -> (B*T,3C,H*W) -> (B*T,H*W,3C)
         q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)  # -> (B*T,1,H*W,C) each
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # -> (B*T,H*W,C)
         return self.proj(y.mT.unflatten(2, x.shape[2:]))  # -> (B*T,C,H,W)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X (B,C,T,H,W) -> same shape."""
+        """x (B,C,T,H,W) -> same shape."""
         return x + per_frame(self.attend, x)
 
 
@@ -162,7 +162,7 @@ class Downsample(CausalLayer):
         self.time_conv = CausalConv3d(dim, dim, (3, 1, 1), stride=2) if temporal else None
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """X (B,C,T,H,W) -> (B,C,T/2,H/2,W/2), or T frames if not temporal or the clip's first, and the cache."""
+        """x (B,C,T,H,W) -> (B,C,T/2,H/2,W/2), or T frames if not temporal or the clip's first, and the cache."""
         x = per_frame(self.resample, x)  # (B,C,T,H,W) -> (B,C,T,H/2,W/2)
         if self.time_conv is None:
             return x, None
@@ -181,7 +181,7 @@ class Upsample(CausalLayer):
         self.time_conv = CausalConv3d(dim, 2 * dim, (3, 1, 1)) if temporal else None
 
     def forward(self, x: Tensor, cache: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """X (B,C,T,H,W) -> (B,C/2,2T,2H,2W), or T frames if not temporal or the clip's first, and the cache."""
+        """x (B,C,T,H,W) -> (B,C/2,2T,2H,2W), or T frames if not temporal or the clip's first, and the cache."""
         if self.time_conv is not None:
             if cache is None:  # the first frame stays single, and time_conv never sees it: it begins at the second
                 cache = self.time_conv.zero_cache(x)

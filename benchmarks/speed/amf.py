@@ -28,7 +28,7 @@ from window import (
     dense_amf,
     frame_pairs,
     logit_features,
-    place_windows,
+    window_keys,
     raster_slot,
     tile_centers,
     tile_tokens,
@@ -76,7 +76,7 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: T
     coordinates = token_coords(grid, q)  # (S,2)
     queries, keys = logit_features(q, k, grid, config.tau)  # (1,N,M,D) -> (F,S,C) each
     queries = queries[:, tiles.flatten()]  # (F,S,C) -> (F,tiles*t,C)
-    windows = place_windows(centers, grid, config.window)  # (pairs,tiles,keys)
+    windows = window_keys(centers, grid, config.window)  # (pairs,tiles,keys)
 
     def flow_of_pair(query: Tensor, key: Tensor, window: Tensor) -> Tensor:
         near = key.index_select(0, window.flatten()).unflatten(0, window.shape)  # (S,C) -> (tiles,keys,C)
@@ -176,7 +176,7 @@ def time_frames(bench: Bench, frames: int, too_slow: set[str]) -> None:
     q, k = torch.randn(2, 1, prod(grid), heads, bench.size.dit.dim // heads, device=bench.device)
     pairs = frame_pairs(frames, config.span)
     centers = tile_centers(q, k, grid, pairs, tile=config.tile, tau=config.tau)
-    bound = stated_bound(q, grid, place_windows(centers, grid, config.window))
+    bound = stated_bound(q, grid, window_keys(centers, grid, config.window))
     notes = dict.fromkeys((SAME_PAIRS, GATHERED), f"{len(pairs)} pairs")
     notes |= dict.fromkeys((AT_ONCE, ALL_PAIRS), f"{frames**2} pairs")
     notes[WINDOWED] = f"{len(pairs)} pairs, stated bound {bound:.3g} GB"
