@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +29,7 @@ from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs import program
 from wan_mini.runs.cli import field_names
 from wan_mini.scheduler import FlowEuler
+from wan_mini.tiny import demo
 from wan_mini.tiny.world import make_clip
 from wan_mini.video import read_video, to_tensor, write_video
 
@@ -523,3 +525,17 @@ def test_what_is_mended_is_said(folder, tmp_path, capsys):
     assert "note: frames 80 becomes 81" in out and "is shorter than 81 frames, so 9 are used" in out
     assert "the prompt is empty" in out
     assert read_video(tmp_path / "out" / "preview.webp", fps=16).shape[0] == 9
+
+
+def test_a_folder_brings_its_own_options(folder, tmp_path, capsys):
+    """motion.json of the folder given holds, also for a copy of the tiny model; without one, the tiny model's does."""
+    copy = Path(shutil.copytree(demo.CHECKPOINT, tmp_path / "copy"))
+    (copy / "motion.json").write_text(json.dumps({"clip": {"frames": 17}, "motion": {"steps": 7}}))
+    assert main(["--model", str(copy), "--dry-run", "--height", "64", "--width", "96"]) == 0
+    assert "of 7 steps" in (out := capsys.readouterr().out) and "17 frames of 96x64" in out
+    (copy / "motion.json").unlink()
+    assert main(["--model", str(copy), "--dry-run"]) == 0
+    assert "15 of 25 steps" in capsys.readouterr().out
+    (copy / "motion.json").write_text(json.dumps({"motion": {"step": 7}}))
+    assert main(["--model", str(copy), "--dry-run"]) == 2
+    assert "motion.json: motion needs one of steps" in capsys.readouterr().err

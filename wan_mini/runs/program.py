@@ -40,7 +40,7 @@ def program(method: Method, argv: list[str] | None) -> None:
     timer = StageTimer(device)
     with timer("plan"):
         name, parts, checkpoint = open_model(args.model)
-        clip, config = load_preset(demo.CHECKPOINT if name == "tiny" else args.model, method.config)
+        clip, config = load_preset(preset_folder(args.model, name), method.config)
         clip, config = apply_flags(args, clip, config)
         plans = partial(plan_memory, method, parts, clip, config, dtype)
         if args.dry_run:
@@ -61,6 +61,13 @@ def open_model(model: Path | None) -> tuple[str, dict[str, nn.Module], Checkpoin
         return *build_preset(str(model)), None
     checkpoint = read_checkpoint(model)
     return *build_from_folder(checkpoint), checkpoint
+
+
+def preset_folder(model: Path | None, name: str) -> Path | None:
+    """The folder whose motion.json holds for a model: its own, if it has one; for any copy of the tiny model, that."""
+    if model is not None and (model / "motion.json").is_file():
+        return model
+    return demo.CHECKPOINT if name == "tiny" else model
 
 
 def execute(method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer) -> None:
