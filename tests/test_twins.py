@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import losses
 import skip_optim
 import window
-from wan_mini import checkpoint, dit, layouts, tokenizer, umt5, vae
+from wan_mini import checkpoint, dit, layouts, prompts, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
@@ -320,11 +320,11 @@ def words():
     return naive("04_text")
 
 
-@twin("tokenizer.clean_prompt")
+@twin("prompts.clean_prompt")
 def test_cleaning(words):
     messy = ["", "  “A  fox”\n runs ", "ｗｉｄｅ　ｔｅｘｔ，ﬁne", "salt &amp;amp; pepper", "<b> &lt;i&gt;", NEGATIVE]
     for text in [*messy, "cafe\u0301 \x93x\x94 10² \x07", "\u3000全角，", "‘’‚ʼ a\x7fb\ufeff"]:
-        assert words.clean_prompt(text) == tokenizer.clean_prompt(text)
+        assert words.clean_prompt(text) == prompts.clean_prompt(text)
 
 
 @twin("tokenizer.Tokenizer")
@@ -380,7 +380,8 @@ def test_names_and_headers(tmp_path):
     save_file({"a": torch.ones(2, 3), "b": torch.ones(2).bfloat16()}, tmp_path / "x.safetensors", {"config": "{}"})
     ours = {entry.key: (entry.shape, entry.dtype) for entry in checkpoint.read_header(tmp_path / "x.safetensors")[0]}
     loops = {
-        key: (shape, checkpoint.DTYPES[dtype]) for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
+        key: (shape, checkpoint.DTYPES[dtype])
+        for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
     }
     assert ours == loops
 

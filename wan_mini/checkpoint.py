@@ -37,7 +37,7 @@ class Part:
     """One part of the model as found on disk.
 
     tensors: of each file in the order of their bytes. names: {key in a file: our name}; a key that is not there
-    belongs to no weight. configs: all that may say what the shapes do not.
+    belongs to no weight. configs: all that may hold what shapes cannot show.
     """
 
     layout: Layout
@@ -133,8 +133,8 @@ def index_tensors(part: Part) -> dict[str, TensorHeader]:
             fp16 = SOURCES[part.layout.part].comfy
             if 5120 in tensor.shape:
                 fp16 = fp16.replace("1.3B", "14B")
-            found = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
-            raise UserError(f"{found}, get {fp16} of {COMFY}")
+            got = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
+            raise UserError(f"{got}, get {fp16} of {COMFY}")
         name = part.names[tensor.key]
         other = index.setdefault(name, tensor)
         if other.file != tensor.file and {other.key, tensor.key} != TIED:

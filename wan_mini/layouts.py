@@ -176,9 +176,9 @@ def _replace(name: str, starts: dict[str, str], inner: dict[str, str]) -> str:
     """Apply a table's rows to one name. What a row has put there is not replaced again."""
     start = _words(starts).match(name)
     if start is None:
-        return _words(inner).sub(lambda found: inner[found[0]], name)
+        return _words(inner).sub(lambda match: inner[match[0]], name)
     rest = name[start.end() :]
-    return starts[start[0]] + _words(inner).sub(lambda found: inner[found[0]], rest)
+    return starts[start[0]] + _words(inner).sub(lambda match: inner[match[0]], rest)
 
 
 def _words(rows: dict[str, str]) -> re.Pattern[str]:
@@ -190,10 +190,10 @@ def _words(rows: dict[str, str]) -> re.Pattern[str]:
 
 def _decoder_rows(names: Iterable[str]) -> dict[str, str]:
     """Rows for the blocks of Diffusers' VAE decoder, {"up_blocks.1.resnets.0": "upsamples.4", ...}."""
-    found = re.findall(r"\bup_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", "\n".join(names))
-    resnets = 1 + max((int(index) for _, kind, index in found if kind == "resnets"), default=-1)
+    blocks = re.findall(r"\bup_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", "\n".join(names))
+    resnets = 1 + max((int(index) for _, kind, index in blocks if kind == "resnets"), default=-1)
     rows = {}
-    for stage, kind, index in found:
+    for stage, kind, index in blocks:
         position = int(index) if kind == "resnets" else resnets  # the upsampling closes its stage
         number = decoder_block_number(int(stage), position, resnets)
         rows[f"up_blocks.{stage}.{kind}.{index}"] = f"upsamples.{number}"

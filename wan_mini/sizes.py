@@ -1,6 +1,6 @@
-"""Sizes of a model's parts, from what a checkpoint says of them.
+"""Sizes of a model's parts, from the tensors and configs of a checkpoint.
 
-The shapes of its tensors say nearly all. A config that the checkpoint carries says the rest; without one it is as in
+Shapes of tensors give nearly all of them. A config that the checkpoint carries gives the rest; without one it is as in
 the official models.
 """
 
@@ -17,7 +17,7 @@ Configs = list[dict[str, Any]]  # contents of config files and headers; where tw
 
 
 def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
-    """Sizes of the DiT; shapes do not say the number of heads (official heads are 128 wide) and text_len.
+    """Sizes of the DiT, from shapes; but num_heads (official heads are 128 wide) and text_len from configs.
 
     Raises KeyError on a missing tensor, UserError if the number of heads is unknown.
     """
@@ -49,7 +49,7 @@ def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
 
 
 def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
-    """Sizes of the VAE; shapes do not say the latents' mean and std. Raises KeyError on a missing tensor."""
+    """Sizes of the VAE, from shapes; but mean and std from configs. Raises KeyError on a missing tensor."""
     dim = shapes["encoder.conv1.weight"][0]
     # A level of the encoder is its residual blocks and one downsampling, which only the last level lacks.
     layers = count_blocks(shapes, r"encoder\.downsamples\.(\d+)\.")
@@ -94,9 +94,9 @@ def count_blocks(names: Iterable[str], pattern: str) -> int:
     """How many blocks the names number, from 0; the pattern's first group is the number."""
     count = 0
     for name in names:
-        found = re.match(pattern, name)
-        if found:
-            count = max(count, int(found[1]) + 1)
+        match = re.match(pattern, name)
+        if match:
+            count = max(count, int(match[1]) + 1)
     return count
 
 

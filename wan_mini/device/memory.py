@@ -96,7 +96,7 @@ def weight_bytes(parts: Mapping[str, nn.Module], offload: str) -> dict[str, int]
 
 
 def as_loaded(parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Give weightless parts (load.build_from_folder, load.build_preset) the dtypes that load_wan gives them, and no gradients."""
+    """Give weightless parts (load.build_modules) the dtypes that load_wan gives them, and no gradients."""
     for name, part in parts.items():
         part.requires_grad_(False)
         for key, weight in part.named_parameters():
