@@ -1,7 +1,7 @@
 """Latent optimization that computes a gradient only every few steps: FastVMT (arXiv 2602.05551) Eq. 9, 10.
 
-The gradient is nearly all of an inner step's cost, and FastVMT finds that it hardly changes from one step to the next.
-This file knows nothing of Wan: a latent, a loss, a schedule.
+The gradient is nearly all of a step's cost, and FastVMT finds that it hardly changes from one step to the next.
+This file knows nothing of Wan: a latent, a loss, a schedule of learning rates.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass
 class Report:
-    """What an optimization did: the loss at each gradient, and how many gradients there were."""
+    """The loss at each gradient evaluation of an optimization, and how many evaluations there were."""
 
     losses: list[float] = field(default_factory=list)
 
@@ -33,19 +33,22 @@ def optimize(
 ) -> tuple[Tensor, Report]:
     """Lower loss_fn(latents) by `steps` AdamW updates with a gradient at steps 0, interval, 2 interval, ...
 
-    The other steps reuse the last gradient: they run neither loss_fn nor autograd. The rate falls linearly from lr[0]
-    to lr[1]; no weight decay, a fresh optimizer each call. interval=1 is plain AdamW.
+    latents of any shape; loss_fn takes them, float32, and returns a scalar. The other steps reuse the last gradient
+    (Eq. 10): they run neither loss_fn nor autograd. The learning rate falls linearly from lr[0] to lr[1]; no weight
+    decay, a fresh optimizer each call. interval=1 is plain AdamW.
     -> optimized latents, a float32 copy, and the report. In bfloat16, whose neighbors above 1 are 0.008 apart, an
     update of 0.003 would round away.
     Raises ValueError on steps or interval below 1, FloatingPointError on a loss that is not finite.
     """
     if steps < 1 or interval < 1:
         raise ValueError(f"steps and interval must be at least 1, got {steps} and {interval}")
-    x = latents.detach().to(torch.promote_types(latents.dtype, torch.float32), copy=True).requires_grad_()
+    dtype = torch.promote_types(latents.dtype, torch.float32)
+    x = latents.detach().to(dtype, copy=True).requires_grad_()
     optimizer = torch.optim.AdamW([x], lr=lr[0], weight_decay=0.0)
     report = Report()
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
+        rate = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
+        optimizer.param_groups[0]["lr"] = rate
         if step % interval == 0:  # Eq. 9; at the other steps x.grad still is the last gradient, Eq. 10
             with torch.enable_grad():
                 loss = loss_fn(x)

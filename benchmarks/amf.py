@@ -17,7 +17,21 @@ from torch import Tensor
 import window
 from benchmarks.common import Bench, available_bytes, difference, parser, slope
 from fastvmt import MotionConfig
-from window import Grid, Pair, dense_amf, frame_pairs, place_windows, tile_centers, windowed_amf
+from window import (
+    Grid,
+    Pair,
+    dense_amf,
+    frame_pairs,
+    logit_features,
+    map_pairs,
+    place_windows,
+    raster_slot,
+    recomputed,
+    tile_centers,
+    tile_tokens,
+    token_coords,
+    windowed_amf,
+)
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 AT_ONCE, ALL, SAME = "dense, all at once", "dense, all pairs", "dense, same pairs"
@@ -41,8 +55,8 @@ def plain_amf(q: Tensor, k: Tensor, grid: Grid, tau: float) -> Tensor:
 
 def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: Tensor, c: MotionConfig) -> Tensor:
     """windowed_amf by copying each window's keys, one pair of frames at a time (350 MB at full size)."""
-    tokens, slots = window._tile_tokens(grid, c.tile, q.device)
-    places = window._places(grid, q)
+    tokens, slots = tile_tokens(grid, c.tile, q.device), raster_slot(grid, c.tile, q.device)
+    places = token_coords(grid, q)
 
     def flow_of(q_i: Tensor, k_j: Tensor, keys: Tensor) -> Tensor:
         near = k_j[0].index_select(0, keys.flatten()).unflatten(0, keys.shape[1:])  # (1,S,C) -> (tiles,keys,C)
@@ -50,10 +64,10 @@ def gathered_amf(q: Tensor, k: Tensor, grid: Grid, pairs: list[Pair], centers: T
         found = (weights.unsqueeze(2) @ places[keys[0]].unsqueeze(1)).flatten(0, 2)  # -> (tiles*t,2)
         return (found[slots] - places).unsqueeze(0)  # -> (1,S,2)
 
-    queries, keys = window._features(q, k, grid, c.tau)
+    queries, keys = logit_features(q, k, grid, c.tau)
     windows = place_windows(centers, grid, c.window)
     with patch.object(window, "CHUNK_BYTES", 1):
-        return window._by_chunks(window._recomputed(flow_of), queries[:, tokens.flatten()], keys, pairs, windows)
+        return map_pairs(recomputed(flow_of), queries[:, tokens.flatten()], keys, pairs, windows)
 
 
 def ways(grid: Grid, centers: Tensor, c: MotionConfig) -> dict[str, Flow]:

@@ -19,7 +19,7 @@ from wan_mini.config import (
     UMT5Config,
     VAEConfig,
 )
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.layouts import detect, rename
 
 
@@ -57,9 +57,13 @@ SIZES = {
 
 
 def random_module(
-    builder: Callable, config, device: torch.device, dtype: torch.dtype, islands: tuple = ()
+    builder: Callable,
+    config,
+    device: torch.device,
+    dtype: torch.dtype,
+    in_float32: Callable[[str], bool] = lambda name: False,
 ) -> nn.Module:
-    """A module whose parameters are made on the device, in their dtype; those with an island in their name in float32.
+    """A module whose parameters are made on the device, in their dtype; those that in_float32 names in float32.
 
     Norms are 1, biases 0, weights as large as keeps a unit input's size.
     """
@@ -67,7 +71,7 @@ def random_module(
         module = builder(config)
     state = {}
     for name, like in module.state_dict().items():
-        where = {"device": device, "dtype": torch.float32 if any(island in name for island in islands) else dtype}
+        where = {"device": device, "dtype": torch.float32 if in_float32(name) else dtype}
         if name.endswith("bias"):
             state[name] = torch.zeros(like.shape, **where)
         elif like.ndim == 1 or name.endswith("gamma"):
@@ -80,7 +84,7 @@ def random_module(
 
 def random_dit(config: DiTConfig, device: torch.device, dtype: torch.dtype) -> WanDiT:
     """A transformer as load_dit makes it."""
-    return random_module(WanDiT, config, device, dtype, FP32_PARTS)
+    return random_module(WanDiT, config, device, dtype, keeps_float32)
 
 
 def random_inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 import window
 from fastvmt import Guide
 from skip_optim import Report
-from wan_mini.dit import Attention, Block, attention, rope_table, timestep_embedding
+from wan_mini.attention import attention, rope_table
+from wan_mini.dit import Attention, Block, timestep_embedding
 
 
 class ReleasedGuide(Guide):

@@ -1,18 +1,22 @@
 """The shipped checkpoint: it is what its README says, small enough to ship, and good enough to use."""
 
 import csv
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
+import fastvmt
+from benchmarks import evaluate
+from wan_mini.hashes import sha256_file
 from wan_mini.load import load_vae
-from wan_mini.runs.provenance import sha256_file
-from wan_mini.tiny import demo, evaluate
+from wan_mini.runs.request import load_preset
+from wan_mini.tiny import demo
 from wan_mini.tiny.data import to_videos
-from wan_mini.tiny.world import KINDS, make_clip
-from wan_mini.video import from_model
+from wan_mini.tiny.world import FPS, FRAMES, HEIGHT, KINDS, WIDTH, make_clip
+from wan_mini.video import to_uint8
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,13 +31,23 @@ def test_the_hashes_are_those_of_the_files():
     assert sum(int(size) for _, size, _ in named) <= 16e6
 
 
+def test_the_preset_fits_the_world():
+    """Clips as the world makes them; and motion.json stores no value that is the default anyway."""
+    clip, motion = load_preset(demo.CHECKPOINT, fastvmt.MotionConfig())
+    assert (clip.height, clip.width, clip.frames, clip.fps) == (HEIGHT, WIDTH, FRAMES, FPS)
+    stored = json.loads((demo.CHECKPOINT / "motion.json").read_text("utf-8"))["motion"]
+    for name, value in stored.items():
+        value = tuple(value) if isinstance(value, list) else value
+        assert getattr(motion, name) == value != getattr(fastvmt.MotionConfig(), name), name
+
+
 def test_the_vae_restores_held_out_clips():
     """One clip of each kind, 17 frames; a limit a little below what the worst of them gave."""
     vae = load_vae(demo.CHECKPOINT, device="cpu", dtype=torch.float32)
     for seed, kind in enumerate(KINDS):
         clip = make_clip(seed, kind, "held-out", range(17)).frames
         with torch.no_grad():
-            restored = from_model(vae.decode(vae.encode(to_videos(clip[None], torch.device("cpu")))))
+            restored = to_uint8(vae.decode(vae.encode(to_videos(clip[None], torch.device("cpu")))))
         error = np.square(restored / 255.0 - clip / 255.0).mean()
         assert -10 * np.log10(error) > 27.5, kind
 
@@ -45,10 +59,10 @@ def test_motion_transfer_gives_the_stored_figures(tmp_path):
     for clips to differ, and too narrow for a transfer that does not follow.
     """
     now = tmp_path / "now.csv"
-    flags = "--clips 4 --settings windowed --oracle-clips 4 --device cpu --dtype float32"
+    flags = "--clips 4 --methods fastvmt --classifier-clips 4 --device cpu --dtype float32"
     evaluate.program([*flags.split(), "--csv", str(now)])
     stored, again = (
-        {row["clip"]: row for row in csv.DictReader(path.open(encoding="utf-8")) if row["setting"] == "windowed"}
+        {row["clip"]: row for row in csv.DictReader(path.open(encoding="utf-8")) if row["method"] == "fastvmt"}
         for path in (ROOT / "benchmarks/evaluation.csv", now)
     )
     assert len(again) == 4 and again.keys() <= stored.keys()

@@ -1,223 +1,18 @@
-"""The yardstick: every measure on cases done by hand, then oracle and tracker on real clips and on spoilt ones."""
+"""The evaluation: its clips, rows and table, and the whole command."""
 
 import csv
+import shutil
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import pytest
 
 import fastvmt
-from wan_mini.tiny import evaluate, measure, world
-from wan_mini.tiny.evaluate import COLUMNS, SETTINGS, clip_seeds, oracle_accuracy, table, write_rows
-from wan_mini.tiny.measure import correlation, direction, error_px, fidelity, fidelity_published, hold, score
-from wan_mini.tiny.world import KINDS, SHAPES, Clip, Scene, make_clip, other_scene
-
-RAMP = np.arange(9.0)
-LINE = (2 * RAMP + 1j * RAMP)[None]  # (1, 9)
-EIGHT = (30 + 20 * np.cos(RAMP) + 1j * (40 + 20 * np.sin(RAMP)))[None]
-
-
-@lru_cache
-def copied(number: int, kind: str) -> tuple[Clip, Scene, np.ndarray]:
-    """A clip, another scene, and what a perfect method would make of them: that scene, moving as the clip does."""
-    clip = make_clip(number, kind, "held-out")
-    scene = other_scene(clip, number)
-    draw_scene = world._draw_scene
-    with pytest.MonkeyPatch.context() as patch:  # the scene is drawn, and then another one is taken
-        patch.setattr(world, "_draw_scene", lambda *args: (draw_scene(*args), scene)[1])
-        return clip, scene, make_clip(number, kind, "held-out").frames
-
-
-def blurred(frames: np.ndarray, times: int) -> np.ndarray:
-    x = frames.astype(np.float32)
-    for _ in range(times):
-        for axis in (1, 2):
-            x = (np.roll(x, 1, axis) + 2 * x + np.roll(x, -1, axis)) / 4
-    return x.round().astype(np.uint8)
-
-
-def noisy(frames: np.ndarray, sigma: float) -> np.ndarray:
-    noise = np.random.default_rng(0).normal(0, sigma, frames.shape)
-    return (frames + noise).round().clip(0, 255).astype(np.uint8)
-
-
-def center_of(clip: Clip, number: int) -> np.ndarray:
-    row, column = clip.tracks[clip.owners == number][0].T
-    return column + 1j * row
-
-
-@pytest.mark.parametrize("path", [LINE, EIGHT, np.concatenate([LINE, EIGHT])])
-def test_a_perfect_copy(path):
-    assert correlation(path, path) == pytest.approx(np.ones(len(path)))
-    assert direction(path, path) == pytest.approx(np.ones(len(path)))
-    assert np.array_equal(error_px(path, path), np.zeros(len(path)))
-    assert fidelity(path, path) == pytest.approx(1)
-
-
-def test_a_reversed_line():
-    back = LINE[:, ::-1]
-    assert correlation(back, LINE) == pytest.approx([-1])
-    assert direction(back, LINE) == pytest.approx([-1])
-    assert fidelity(back, LINE) == pytest.approx(-1)
-    assert error_px(back, LINE) == pytest.approx([np.sqrt(5) * np.abs(8 - 2 * RAMP).mean()])
-
-
-def test_elsewhere_and_smaller():
-    """An offset and a factor change the error alone."""
-    moved = LINE / 2 + 30 - 40j
-    assert correlation(moved, LINE) == pytest.approx([1])
-    assert direction(moved, LINE) == pytest.approx([1])
-    assert fidelity(moved, LINE) == pytest.approx(1)
-    assert error_px(LINE + 3 - 4j, LINE) == pytest.approx([5])
-
-
-def test_only_axes_that_move_count():
-    """Along rows the truth's range is 4, then a little less: in the one case rows count, in the other not."""
-    found = 2 * RAMP - 0.5j * RAMP
-    assert correlation(found[None], (2 * RAMP + 0.5j * RAMP)[None]) == pytest.approx([0])  # columns 1, rows -1
-    assert correlation(found[None], (2 * RAMP + 0.49j * RAMP)[None]) == pytest.approx([1])
-    assert np.isnan(correlation(found[None], (0.49 * RAMP + 0j)[None])).all()
-
-
-def test_only_steps_that_move_count():
-    true = np.array([[0, 2, 2, 2.9, 2.9 + 3j]])  # steps of 2, 0, 0.9 and 3 pixels
-    found = np.array([[0, 1, 5, 1, 0]])  # cosines 1 and, of the last, 0
-    assert direction(found, true) == pytest.approx([0.5])
-    assert np.isnan(direction(found, np.zeros((1, 5)))).all()
-    assert direction(np.array([[0, 1 + 1j]]), np.array([[0, 2]])) == pytest.approx([np.sqrt(0.5)])
-
-
-def test_a_still_clip_scores_nothing():
-    still = np.full_like(LINE, 50 + 50j)
-    for found in (still, still + 1e-3 * RAMP):  # rounding is no motion
-        assert correlation(found, LINE) == pytest.approx([0], abs=0.03)
-        assert direction(found, LINE) == pytest.approx([0])
-        assert fidelity(found, LINE) == 0
-    assert np.isnan(fidelity_published(still, LINE))
-    assert np.isnan(fidelity(LINE, still))
-
-
-def test_fidelity_of_two_tracks_by_hand():
-    """Steps of unit length: found right right, and up up; true right up, and left left."""
-    found, true = np.array([[0, 5, 10], [0, -5j, -10j]]), np.array([[0, 5, 5 - 5j], [0, -5, -10]])
-    # Similarities (found, true): 1/2 and -1; 1/2 and 0. Less the identity: -1/2 and -1; 1/2 and -1.
-    assert fidelity_published(found, true) == pytest.approx((-1 / 2 + 1 / 2) / 2)
-    # Best of each true track 1/2 and 0, of each found one 1/2 and 1/2.
-    assert fidelity(found, true) == pytest.approx((1 / 4 + 1 / 2) / 2)
-    # Ten times as far is the same direction; and a perfect copy is marked down by the identity.
-    assert fidelity(10 * found, true) == pytest.approx(3 / 8)
-    assert fidelity_published(LINE, LINE) == pytest.approx(0)
-
-
-def test_fidelity_over_moving_steps():
-    """A stop in both clips costs nothing, in one of them it does: 2 of 4 steps, cosine 2 / sqrt(2 * 4)."""
-    stops, goes = np.array([[0, 5, 5, 5, 10]]), np.array([[0, 5, 10, 15, 20]])
-    assert fidelity(stops, stops) == pytest.approx(1)
-    assert fidelity(stops, goes) == pytest.approx(np.sqrt(0.5))
-
-
-def test_lost_points_stay_where_they_were():
-    nan, middle = np.nan, (world.WIDTH - 1) / 2 + 1j * (world.HEIGHT - 1) / 2
-    held = hold(np.array([[nan, 1 + 1j, nan, nan, 4, nan], [nan] * 6]))
-    assert held.tolist() == [[1 + 1j, 1 + 1j, 1 + 1j, 4, 4, 4], [middle] * 6]
-
-
-@pytest.mark.parametrize("spoil", ["clean", "blurred", "noisy"])
-def test_oracle_reads_real_clips(spoil):
-    """At least 99 % of shapes, colors and backgrounds; and as much after the blur and grain of a small VAE."""
-    change = {"clean": lambda x: x, "blurred": lambda x: blurred(x, 3), "noisy": lambda x: noisy(x, 8)}[spoil]
-    rows = []
-    for number, kind in clip_seeds(1, 60):
-        clip = make_clip(number, kind, "held-out", range(0, world.FRAMES, 16))
-        frames = change(clip.frames)
-        rows.append([*measure.read_scene(frames, measure.label(frames), clip)[1].values()])
-    assert np.mean(rows, axis=0).min() >= 0.99
-
-
-def test_oracle_sees_what_is_wrong():
-    clip, scene, frames = copied(3, "several")
-    labels = measure.label(frames)
-    assert measure.read_scene(frames, labels, scene)[1] == {"color_ok": 1, "background_ok": 1, "shape_ok": 1}
-    assert measure.read_scene(frames, labels, clip)[1] == {"color_ok": 0, "background_ok": 0, "shape_ok": 0}
-    (one, red), (two, blue), *rest = scene.objects
-    swapped = replace(scene, objects=((one, blue), (two, red), *rest))  # all there, but in each other's color
-    assert measure.read_scene(frames, labels, swapped)[1] == {"color_ok": 1, "background_ok": 1, "shape_ok": 0}
-    gray = np.full_like(frames, 150)
-    assert measure.read_scene(gray, measure.label(gray), scene) == (
-        (("", ""),) * len(scene.objects),
-        {"color_ok": 0, "background_ok": scene.background == "tiles", "shape_ok": 0},
-    )
-
-
-@pytest.mark.parametrize("kind", ["single", "several", "articulated"])
-def test_tracker_finds_centers(kind):
-    """Within a pixel of the truth on average, and where objects hide each other not much more."""
-    errors = []
-    for number in range(20):
-        clip = make_clip(number, kind, "held-out", range(0, world.FRAMES, 4))
-        labels = measure.label(clip.frames)
-        found = measure.found_tracks(clip.frames, labels, clip.objects, np.empty(0))
-        for place, (shape, _) in enumerate(clip.objects):
-            if shape in SHAPES:
-                errors.append(np.abs(found[place] - center_of(clip, place)).mean())
-    assert np.mean(errors) < 0.5
-    assert max(errors) < 4
-
-
-def test_tracker_follows_the_ground():
-    """Grid points within a pixel of the truth on average, however far the camera goes."""
-    errors = []
-    for number in range(6):
-        clip = make_clip(number, "camera", "held-out")
-        true, owners = measure.true_tracks(clip)
-        labels = measure.label(clip.frames)
-        errors.append(error_px(measure.found_tracks(clip.frames, labels, (), true[owners == -1, 0]), true[:24]).mean())
-    assert np.mean(errors) < 0.6
-    assert max(errors) < 1.5
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_method_and_spoilt_ones(kind):
-    """Another scene with the same motion gets full marks; what spoils appearance or motion takes the right ones."""
-    for number in range(2):
-        clip, scene, frames = copied(number, kind)
-        full = score(frames, clip, scene)
-        assert full["correlation"] > 0.97
-        assert full["direction"] > 0.93
-        assert full["fidelity"] > 0.88
-        assert full["error_px"] < 1.5
-        assert (full["color_ok"], full["background_ok"], full["shape_ok"], full["leak"]) == (1, 1, 1, 0)
-    still = score(np.repeat(frames[:1], len(frames), axis=0), clip, scene)
-    assert abs(still["correlation"]) < 0.05
-    assert (still["direction"], still["fidelity"], still["color_ok"]) == (pytest.approx(0, abs=0.01), 0, 1)
-    order = np.random.default_rng(0).permutation(len(frames))
-    shuffled = score(frames[order], clip, scene)
-    for name in ("correlation", "direction", "fidelity"):
-        assert shuffled[name] < full[name] - 0.3, name
-    assert shuffled["error_px"] > full["error_px"] + 5
-    own = score(clip.frames, clip, scene)  # the clip itself: its motion, and its looks
-    assert own["correlation"] > 0.97
-    assert (own["color_ok"], own["background_ok"], own["leak"]) == (0, 0, bool(clip.objects))
-
-
-def test_limb_is_followed_beside_its_body():
-    """A limb that hangs still from a body that moves well is worth half: bodies and limbs count alike."""
-    clip, scene, _ = copied(0, "articulated")
-    true, owners = measure.true_tracks(clip)
-    assert owners.tolist() == [0, 1, 1]
-    stiff = true.copy()
-    stiff[1:] = true[1:, :1]
-    assert correlation(stiff, true) == pytest.approx([1, 0, 0])
-    assert true[0] == pytest.approx(center_of(clip, 0))
-
-
-def test_noise_and_darkness_are_measured_too():
-    clip, scene, frames = copied(1, "camera")
-    for pixels in (np.random.default_rng(0).integers(0, 256, frames.shape).astype(np.uint8), np.zeros_like(frames)):
-        scores = score(pixels, clip, scene)
-        assert all(np.isfinite(scores[name]) for name in ("correlation", "error_px", "direction", "fidelity"))
-        assert scores["correlation"] < 0.6
+from benchmarks import evaluate
+from benchmarks.evaluate import COLUMNS, METHODS, classifier_accuracy, clip_seeds, mean_with_interval, table, write_rows
+from wan_mini.runs.request import load_preset
+from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.tiny.world import KINDS, Clip, make_clip, other_scene, score
 
 
 def test_any_seed_gives_its_own_clips():
@@ -228,66 +23,97 @@ def test_any_seed_gives_its_own_clips():
 
 
 def test_rows_and_table(tmp_path):
-    """One row a clip and setting, the CSV's columns as promised, and intervals around the means."""
+    """One row a clip and method, the CSV's columns as promised, and intervals around the means."""
 
-    def video(clip: Clip, prompt: str, setting: str, seed: int) -> tuple[np.ndarray, int]:
-        _, scene, frames = copied(seed, clip.kind)
-        assert prompt == scene.caption
-        return (frames, 4) if setting == "windowed" else (frames[::-1], 0)
+    def generate(clip: Clip, prompt: str, method: str, seed: int) -> tuple[np.ndarray, int]:
+        assert prompt == other_scene(clip, seed).caption
+        return (clip.frames, 4) if method == "fastvmt" else (clip.frames[::-1], 0)
 
-    rows = write_rows(evaluate.measure(video, ["none", "windowed"], 2, 2), tmp_path / "rows.csv")
+    rows = write_rows(evaluate.evaluate(generate, ["none", "fastvmt"], 2, 2), tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.reader(file))
     assert lines[0] == list(COLUMNS)
     assert ",".join(COLUMNS) == (
-        "clip,kind,setting,correlation,error_px,direction,fidelity,color_ok,background_ok,shape_ok,leak,gradients,seconds"
+        "clip,kind,method,correlation,error_px,direction,fidelity,color_ok,background_ok,shape_ok,leak,gradients,seconds"
     )
-    assert [line[1:3] for line in lines[1:]] == [[k, s] for k in KINDS[:2] for s in ("none", "windowed")]
-    assert lines[2][7:12] == ["1", "1", "1", "0", "4"]
-    assert float(lines[2][3]) == pytest.approx(rows[1]["correlation"], abs=1e-4)
-    assert [line.split()[:3] for line in table(rows).splitlines()[-2:]] == [
-        ["all", s, "2"] for s in ("none", "windowed")
-    ]
-    made_up = [{"kind": "single", "setting": "x", "a": a} for a in (0.0, 1.0, np.nan, *[0.5] * 48)]
-    assert table(made_up, ["a"]).splitlines()[-1].split() == [
-        "all",
-        "x",
-        "51",
-        "0.50",
-        "±0.03",
-    ]  # 1.96 * 0.1 / sqrt(50) = 0.028
+    assert [line[1:3] for line in lines[1:]] == [[k, m] for k in KINDS[:2] for m in ("none", "fastvmt")]
+    (number, kind), _ = clip_seeds(2, 2)
+    clip = make_clip(number, kind, "held-out")
+    scores = score(clip.frames, clip, other_scene(clip, number))
+    assert lines[2][:2] == [str(number), kind]
+    expected = [float(scores[name]) for name in COLUMNS[3:11]]
+    assert [float(cell) for cell in lines[2][3:11]] == pytest.approx(expected, abs=1e-4)
+    assert (lines[2][7], lines[2][10], lines[2][11]) == ("0", "1", "4")  # the clip itself: its own color leaks
+    last = [line.split()[:3] for line in table(rows).splitlines()[-2:]]
+    assert last == [["all", "none", "2"], ["all", "fastvmt", "2"]]
+
+
+def test_an_interval_by_its_formula():
+    """Of 0, 1 and 48 times 1/2, and a value that is not defined: 1.96 * 0.1 / sqrt(50) = 0.028."""
+    made_up = [{"kind": "single", "method": "x", "a": a} for a in (0.0, 1.0, np.nan, *[0.5] * 48)]
+    assert table(made_up, ["a"]).splitlines()[-1].split() == ["all", "x", "51", "0.50", "±0.03"]
+    assert mean_with_interval(np.array([np.nan])) == "-"
 
 
 def test_a_cell_of_the_table_does_not_depend_on_the_others():
-    some = [{"kind": "single", "setting": "x", "a": float(a**3)} for a in range(20)]
-    more = [{**row, "setting": "y"} for row in some[:7]] + some
+    some = [{"kind": "single", "method": "x", "a": float(a**3)} for a in range(20)]
+    more = [{**row, "method": "y"} for row in some[:7]] + some
     assert table(some, ["a"]).splitlines()[-1].split() == table(more, ["a"]).splitlines()[-1].split()
 
 
-def test_settings_are_the_methods_own():
-    for changes in SETTINGS.values():
-        replace(fastvmt.TINY_MOTION, **changes)
+def test_methods_change_fields_of_the_config():
+    _, preset = load_preset(CHECKPOINT, fastvmt.MotionConfig())
+    for name, changes in METHODS.items():
+        assert (replace(preset, **changes) == preset) == (name == "fastvmt"), name
 
 
 def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     """The whole command on a random model, of a method that copies the clip."""
-    result = fastvmt.Transfer(latents=None, flows=(None, None), report={"gradients": 0})
-    monkeypatch.setattr(fastvmt, "transfer", lambda wan, clip, *args, **options: replace(result, frames=clip))
-    flags = ["--model", str(folder), "--clips", "1", "--oracle-clips", "4", "--csv", str(tmp_path / "rows.csv")]
-    evaluate.program([*flags, "--settings", "none,own"])
+    shutil.copyfile(CHECKPOINT / "motion.json", folder / "motion.json")
+    _, preset = load_preset(CHECKPOINT, fastvmt.MotionConfig())
+    calls = []
+    clips = []
+
+    def transfer(wan, clip, prompt, config, *, seed, device):
+        calls.append((seed, config))
+        clips.append(clip)
+        return fastvmt.Transfer(latents=None, flows=(None, None), report={"gradients": 7}, frames=clip)
+
+    monkeypatch.setattr(fastvmt, "transfer", transfer)
+    rows_file = tmp_path / "rows.csv"
+    flags = ["--model", str(folder), "--clips", "1", "--classifier-clips", "4", "--device", "cpu"]
+    flags += ["--csv", str(rows_file)]
+    evaluate.program([*flags, "--methods", "none,interval1"])
+    number = clip_seeds(0, 1)[0][0]
+    assert calls == [(number, replace(preset, amf="none")), (number, replace(preset, interval=1))]
     printed = capsys.readouterr().out
-    assert printed.index("the oracle on real clips") < printed.index("fastvmt")
-    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 3
-    evaluate.program([*flags, "--split", "train", "--settings", "none", "--vary", "block=1", "tau=5 lr=0.1,0.2"])
-    with (tmp_path / "rows.csv").open() as file:
+    assert printed.index("the attribute classifier on real clips") < printed.index("motion transfer")
+    with rows_file.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["setting"] for row in rows] == ["none", "block=1", "tau=5 lr=0.1,0.2"]
-    assert "1 train clips of seed 0" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="--vary needs NAME=VALUE"):
-        evaluate.program([*flags, "--vary", "color=red"])
-    with pytest.raises(ValueError, match="--settings none,nine.*choose from none,dense,windowed"):
-        evaluate.program([*flags, "--settings", "none,nine"])
+    assert [(row["method"], row["gradients"]) for row in rows] == [("none", "7"), ("interval1", "7")]
+    flags += ["--seed", "3", "--split", "train"]
+    evaluate.program([*flags, "--methods", "none", "--vary", "block=1", "tau=5 lr=0.1,0.2"])
+    ((number, kind),) = clip_seeds(3, 1)
+    assert [seed for seed, _ in calls[2:]] == [number] * 3
+    assert np.array_equal(clips[-1], make_clip(number, kind, "train").frames)
+    assert [config for _, config in calls[3:]] == [replace(preset, block=1), replace(preset, tau=5.0, lr=(0.1, 0.2))]
+    with rows_file.open() as file:
+        assert [row["method"] for row in csv.DictReader(file)] == ["none", "block=1", "tau=5 lr=0.1,0.2"]
+    assert "1 train clips of seed 3" in capsys.readouterr().out
 
 
-def test_oracle_is_right_on_the_stream_it_prints():
-    assert all(row["color_ok"] and row["shape_ok"] and row["background_ok"] for row in oracle_accuracy(0, 8))
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--vary", "color=red"], "--vary needs one of steps"),
+        (["--methods", "none,nine"], "--methods none,nine: choose from none,dense,fastvmt"),
+        (["--clips", "0"], "--clips 0, --classifier-clips 100: give at least 1 each"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.program(flags)
+
+
+def test_classifier_is_right_on_the_stream_it_prints():
+    assert all(row["color_ok"] and row["shape_ok"] and row["background_ok"] for row in classifier_accuracy(0, 8))

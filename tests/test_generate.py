@@ -10,6 +10,7 @@ import torch
 from wan_mini import generate
 from wan_mini.device.select import pick_device, pick_dtype
 from wan_mini.device.timing import StageTimer
+from wan_mini.errors import UserError
 from wan_mini.generate import program
 from wan_mini.pipeline import guided_velocity
 from wan_mini.prompts import NEGATIVE, encode_prompts
@@ -30,18 +31,34 @@ CPU = torch.device("cpu")
 def test_from_prompt_to_file(folder, tmp_path, capsys, monkeypatch, sampler, flags, own):
     out, compiled = tmp_path / "clip.webp", []
     monkeypatch.setattr(generate, "compile_blocks", compiled.append)
-    command = ["--model", str(folder), "--prompt", "a cat", "--size", "70x96", "--frames", "8", "--steps", "2"]
+    command = [
+        "--model",
+        str(folder),
+        "--prompt",
+        "a cat",
+        "--height",
+        "70",
+        "--width",
+        "96",
+        "--frames",
+        "8",
+        "--steps",
+        "2",
+    ]
     command += flags
-    assert run(program, [*command, "--sampler", sampler, "--device", "cpu", "--out", str(out)]) == 0
+    assert (
+        run(program, [*command, "--sampler", sampler, "--device", "cpu", "--dtype", "float32", "--out", str(out)]) == 0
+    )
     assert read_video(out).shape == (9, 64, 96, 3)
     assert len(compiled) == flags.count("--compile")
     (latents,), settings = load_tensors(tmp_path / "clip.safetensors", ["latents"])
     assert latents.shape == (1, 16, 3, 8, 12) and own.items() <= settings.items()
     again = ["--model", str(folder), "--decode", str(tmp_path / "clip.safetensors"), "--out", str(tmp_path / "2.webp")]
+    again += ["--device", "cpu"]
     assert run(program, again) == 0
     assert np.array_equal(read_video(tmp_path / "2.webp"), read_video(out))
     said = capsys.readouterr().out
-    assert "8 frames of 70x96 become 9 of 64x96" in said and "wrote" in said
+    assert "8 frames of 96x70 become 9 of 96x64" in said and "wrote" in said
 
 
 def test_errors_are_one_line(folder, tmp_path, capsys):
@@ -49,7 +66,7 @@ def test_errors_are_one_line(folder, tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: ")
     (tmp_path / "there.mp4").touch()
     for flags in (
-        ["--size", "0x0"],
+        ["--height", "0"],
         ["--frames", "-9"],
         ["--out", "x.gif"],
         ["--out", str(tmp_path / "there.mp4")],
@@ -85,21 +102,6 @@ def test_the_negative_prompt_is_the_originals():
     assert len(NEGATIVE) == 137 and NEGATIVE.count("，") == 27
 
 
-def test_devices_and_dtypes(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert pick_device() == torch.device("cuda") and pick_device("cuda:0") == torch.device("cuda:0")
-    assert pick_dtype(torch.device("cuda")) == torch.float32  # a T4 only emulates bfloat16
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert pick_dtype(torch.device("cuda")) == torch.bfloat16
-    assert pick_dtype(torch.device("cuda"), "float32") == torch.float32
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device() == CPU and pick_dtype(CPU) == torch.float32
-    with pytest.raises(ValueError, match="mps is not available here, choose one of: cpu"):
-        pick_device("mps")
-
-
 def test_stages_add_up():
     stage = StageTimer(CPU)
     for _ in range(2):
@@ -115,7 +117,7 @@ def test_stages_add_up():
 @pytest.mark.parametrize(
     ("problem", "code", "words"),
     [
-        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (UserError("two\nlines"), 2, "error: two lines\n"),
         (FileNotFoundError("no file"), 2, "error: no file\n"),
         (torch.OutOfMemoryError("much. More."), 2, "error: out of memory, try --offload or a smaller clip (much)\n"),
         (
@@ -139,3 +141,28 @@ def test_a_bug_is_not_hidden():
         run(lambda argv: 1 / 0)
     with pytest.raises(RuntimeError, match="size"):
         run(lambda argv: torch.ones(2) @ torch.ones(3))
+
+
+def test_a_bug_shows_where_it_is():
+    """A ValueError that is no UserError is a bug."""
+    with pytest.raises(ValueError, match="bug"):
+        run(lambda argv: (_ for _ in ()).throw(ValueError("bug")))
+
+
+def test_the_traceback_is_shown_on_request(capsys):
+    def main(argv):
+        raise UserError("mend me")
+
+    assert run(main, ["--traceback"]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.endswith("error: mend me\n")
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webp", ".safetensors"])
+def test_nothing_is_overwritten(folder, tmp_path, capsys, suffix):
+    """Without ffmpeg a result becomes .webp, and latents lie beside it: neither may be there."""
+    (tmp_path / f"clip{suffix}").write_bytes(b"old")
+    out = str(tmp_path / "clip.mp4")
+    assert run(program, ["--model", str(folder), "--prompt", "a cat", "--out", out, "--device", "cpu"]) == 2
+    assert f"clip{suffix} exists already: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / f"clip{suffix}").read_bytes() == b"old"

@@ -51,7 +51,7 @@ def test_every_layout_gives_the_same_bits(layout, folders):
 
 def test_every_layout_gives_the_same_latents(folders):
     """A whole motion transfer, from clip and prompt to latents and frames."""
-    config = MotionConfig(height=32, width=48, frames=9, steps=3, guided=0.5, window=2, lr=(0.02, 0.01))
+    config = MotionConfig(steps=3, guidance_fraction=0.5, window=2, lr=(0.02, 0.01))
     clip = make_clip(0).frames[:9, ::4, ::4]  # (9, 32, 48, 3)
     runs = [transfer(load.load_wan(folders[layout], **FP32), clip, "ab a", config) for layout in LAYOUTS]
     assert runs[0].latents.isfinite().all() and runs[0].report["gradients"] == 8

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from wan_mini.tiny.parts import ANSWERS, FIGURES, LATENT, near_sprites, parts_loss, reader, stream_after, true_parts
-from wan_mini.tiny.world import COLORS, FRAMES, KINDS, SHAPES, VIVID, make_clip, set_stage
+from wan_mini.tiny.world import COLORS, FRAMES, KINDS, SHAPES, VIVID, make_clip, plan_clip
 
 ROWS, COLUMNS = 8, 12
 
 
 def seeds_of(kind: str, count: int) -> list[int]:
-    return [seed for seed in range(200) if set_stage(seed).kind == kind][:count]
+    return [seed for seed in range(200) if plan_clip(seed).kind == kind][:count]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -20,13 +20,13 @@ def test_every_part_points_at_the_center_of_its_figure(kind):
     """From the token's middle, so many sizes away, lies the center of a sprite of that figure and color."""
     found = 0
     for seed in seeds_of(kind, 6):
-        stage, times = set_stage(seed), [0, 13, FRAMES - 1]
+        motion, times = plan_clip(seed).motion, [0, 13, FRAMES - 1]
         parts = true_parts(seed, times).reshape(len(times), ROWS, COLUMNS, 5)
         for t, row, column in zip(*np.nonzero(parts[..., 0])):
             number, color, right, down, size = parts[t, row, column]
             names = FIGURES[int(number) - 1], [*COLORS][int(color) - 1]
             at = 16 * (column + 1j * row) + 7.5 + 7.5j + 16 * size * (right + 1j * down)
-            same = [s for s in stage.sprites if s.shape is names[0] and s.color == names[1]]
+            same = [s for s in motion.sprites if s.shape is names[0] and s.color == names[1]]
             assert min(abs(s.pose.shift[times[t]] - at) for s in same) < 1e-3
             assert any(abs(abs(s.pose.turn[times[t]]) - 16 * size) < 1e-3 for s in same)
             found += 1
@@ -35,7 +35,7 @@ def test_every_part_points_at_the_center_of_its_figure(kind):
 
 def test_tokens_full_of_a_sprite_have_its_part_and_far_ones_none():
     for seed in seeds_of("single", 10):
-        clip, (shape, _) = make_clip(seed, frames=[20]), set_stage(seed).scene.objects[0]
+        clip, (shape, _) = make_clip(seed, frames=[20]), plan_clip(seed).scene.objects[0]
         numbers = true_parts(seed, [20])[0, :, 0].reshape(ROWS, COLUMNS)
         share = (np.ptp(clip.frames[0].astype(int), axis=-1) > VIVID).reshape(ROWS, 16, COLUMNS, 16).mean((1, 3))
         assert (numbers[share > 0.5] == 1 + [*SHAPES].index(shape)).all() and (share > 0.5).any()

@@ -28,7 +28,7 @@ def test_arrows_follow_the_flow_of_their_latent_frame():
     flow = torch.zeros(2, 12, 2)  # grid of 3 x 4 tokens of 16 pixels
     flow[0, :, 1] = 1.0  # one token to the right
     flow[1, :, 0] = -1.0  # one token up
-    drawn = with_arrows(frames, flow, (3, 3, 4), every=(3, 4))
+    drawn = with_arrows(frames, flow, (3, 3, 4), tile=(3, 4))
     assert (frames == 128).all()  # a copy is drawn on
     right, up, last = changed(drawn[0]), changed(drawn[1]), changed(drawn[8])
     assert np.ptp(right[:, 1]) > 14 > np.ptp(right[:, 0]) and right[:, 1].max() in range(46, 52)
@@ -37,7 +37,7 @@ def test_arrows_follow_the_flow_of_their_latent_frame():
 
 
 def test_no_motion_is_a_dot():
-    drawn = with_arrows(np.full((5, 48, 64, 3), 128, np.uint8), torch.zeros(1, 12, 2), (2, 3, 4), every=(3, 4))
+    drawn = with_arrows(np.full((5, 48, 64, 3), 128, np.uint8), torch.zeros(1, 12, 2), (2, 3, 4), tile=(3, 4))
     dot = changed(drawn[0])
     assert 4 < len(dot) < 40 and np.abs(dot.mean(0) - (24, 32)).max() < 1
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import error, golden
 
+from wan_mini.errors import UserError
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 
 
@@ -65,9 +66,9 @@ def test_steps_are_float32_even_from_bfloat16():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="got 0, 5.0 and 1.0"):
+    with pytest.raises(UserError, match="got 0, 5.0 and 1.0"):
         FlowEuler(0, 5.0)
-    with pytest.raises(ValueError, match=r"strength in \(0, 1\], got 10, 5.0 and 1.5"):
+    with pytest.raises(UserError, match=r"strength in \(0, 1\], got 10, 5.0 and 1.5"):
         FlowEuler(10, 5.0, 1.5)
-    with pytest.raises(ValueError, match="got 5 and -1"):
+    with pytest.raises(UserError, match="got 5 and -1"):
         FlowUniPC(5, -1)

@@ -26,7 +26,7 @@ from wan_mini.load import load_vae, load_wan
 from wan_mini.runs.cli import run
 from wan_mini.tiny import data, loop, train, world
 from wan_mini.tiny.loop import Job, Recipe, learning_rate_factor, update_ema
-from wan_mini.tiny.matching import matching_loss, true_places
+from wan_mini.tiny.matching import matching_loss
 from wan_mini.tiny.parts import near_sprites, parts_loss, reader, true_parts
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
@@ -56,7 +56,10 @@ def small_clip(seed: int, kind: str | None = None, frames=range(17)) -> SimpleNa
 
 def small_places(seed: int) -> np.ndarray:
     """The matches inside that cut-out: (5,24,5,2)."""
-    places = true_places(seed).reshape(9, 8, 12, 9, 2)[:5, 2:6, 3:9, :5] - (2, 3)  # (F,H,W,F,2), rows and columns
+    places = world.true_positions(seed).reshape(9, 8, 12, 9, 2)[:5, 2:6, 3:9, :5] - (
+        2,
+        3,
+    )  # (F,H,W,F,2)
     outside = (places < -0.5) | (places > (3.5, 5.5))
     return np.where(outside.any(-1, keepdims=True), np.nan, places).reshape(5, 24, 5, 2).astype(np.float32)
 
@@ -95,7 +98,7 @@ def small_world():
         patch.setattr(train, "MATCHING_BLOCK", 1)
         patch.setattr(train, "make_clip", small_clip)
         patch.setattr(train, "LATENT_FRAMES", train.LATENT_FRAMES[:5])
-        for name, small in (("places", small_places), ("parts", small_parts)):
+        for name, small in (("positions", small_places), ("parts", small_parts)):
             patch.setattr(train, f"true_{name}", small)
         patch.setattr(train, "near_sprites", small_near_sprites)
 
@@ -449,7 +452,7 @@ def tokenizer(captions) -> Tokenizer:
 
 
 def test_one_piece_a_word(tokenizer, captions):
-    nouns = [noun for thing in (*world.SHAPES.values(), *world.GROUNDS.values()) for noun in thing[-1]]
+    nouns = [noun for thing in (*world.SHAPES.values(), *world.BACKGROUNDS.values()) for noun in thing[-1]]
     for text in [*captions, *map(train.casual, captions), *world.COLORS, *nouns]:
         ids = tokenizer.encode(text)
         assert len(ids) == len(re.findall(r"\w+|[.,]", text)) + 1, text

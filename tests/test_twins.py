@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import losses
 import skip_optim
 import window
-from wan_mini import checkpoint, dit, layouts, prompts, tokenizer, umt5, vae
+from wan_mini import attention, checkpoint, dit, layouts, prompts, tiling, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
@@ -29,13 +29,13 @@ from wan_mini.tiny.grammar import grammar_tokenizer, tokenizer_json
 from wan_mini.tiny.world import make_clip
 
 ROOT = Path(__file__).parent.parent
-MODULES = ("wan_mini/scheduler", "wan_mini/dit", "wan_mini/vae", "wan_mini/umt5", "wan_mini/tokenizer")
-MODULES += ("window", "losses", "skip_optim")
+MODULES = ("wan_mini/scheduler", "wan_mini/attention", "wan_mini/dit", "wan_mini/tiling", "wan_mini/vae")
+MODULES += ("wan_mini/umt5", "wan_mini/tokenizer", "window", "losses", "skip_optim")
 COMPARED: set[str] = set()
 
 
 def twin(*names: str) -> Callable:
-    """Say which public names ("dit.apply_rope") a test compares with their loops."""
+    """Record which public names ("dit.Block") a test compares with their loops."""
     COMPARED.update(names)
     return lambda test: test
 
@@ -45,9 +45,9 @@ def same(loops: Tensor, module: Tensor, inputs: tuple | list = (), limit: float 
     probe, pairs = torch.randn_like(module), [(loops, module)]
     if inputs:
         pairs += zip(*(torch.autograd.grad((x * probe).sum(), inputs, retain_graph=True) for x in (loops, module)))
-    for ours, wanted in pairs:
-        assert ours.shape == wanted.shape
-        assert (ours - wanted).abs().max() <= limit * wanted.abs().max().clamp(min=1e-3)
+    for ours, expected in pairs:
+        assert ours.shape == expected.shape
+        assert (ours - expected).abs().max() <= limit * expected.abs().max().clamp(min=1e-3)
 
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -165,7 +165,7 @@ def test_time(case):
     same(case.time, case.model.time_projection(whole)[0].unflatten(0, (6, -1)), case.of("time_"))
 
 
-@twin("dit.rope_table", "dit.apply_rope")
+@twin("attention.rope_table", "attention.apply_rope")
 def test_rope(case):
     same(case.angles.cos().float(), case.rope[0][:, 0])
     same(case.angles.sin().float(), case.rope[1][:, 0])
@@ -173,10 +173,11 @@ def test_rope(case):
     same(case.loops.apply_rope(q[0], case.angles), dit.apply_rope(q, case.rope)[0], [q])
 
 
-@twin("dit.attention", "dit.Attention")
+@twin("attention.attention", "attention.plain_attention", "dit.Attention")
 def test_attention(case):
     q, k, v = leaf(1, 12, 3, 16), leaf(1, 5, 3, 16), leaf(1, 5, 3, 16)
-    same(case.loops.attention(q[0], k[0], v[0]), dit.attention(q, k, v)[0], [q, k, v])
+    for function in (attention.attention, attention.plain_attention):
+        same(case.loops.attention(q[0], k[0], v[0]), function(q, k, v)[0], [q, k, v])
     for loops, module in zip(
         case.loops.queries_keys(case.x[0], case.x[0], case.w, "blocks.1.self_attn", 3, case.angles),
         case.block.self_attn.qk(case.x, case.x, case.rope),
@@ -208,6 +209,28 @@ def test_block_and_head(case):
     same(case.loops.head(case.x[0], e, case.w), case.model.head(case.x, e[None])[0], [case.x, *case.of("head.")])
 
 
+@twin("dit.keeps_float32")
+def test_float32_parts(case):
+    """The original's rule, by substrings."""
+    for config in (case.config, T2V_1_3B):
+        with torch.device("meta"):
+            names = [name for name, _ in dit.WanDiT(config).named_parameters()]
+        for name in names:
+            parts = ("time_embedding", "time_projection", "modulation", "norm", "head.")
+            assert dit.keeps_float32(name) == any(part in name for part in parts)
+
+
+@twin("dit.Embedded")
+def test_embedding(case):
+    embedded = case.model.embed(case.latents, case.t, case.text)
+    patch = case.w["patch_embedding.weight"], case.w["patch_embedding.bias"]
+    same(case.loops.patchify(case.latents[0], *patch), embedded.tokens[0], [case.latents, *patch])
+    same(case.e, embedded.time[0], case.of("time_embedding"))
+    same(case.time, embedded.modulation[0], case.of("time_"))
+    same(case.loops.embed_text(case.text[0], case.w, 6), embedded.text[0], [case.text])
+    same(case.angles.sin().float(), embedded.rope[1][:, 0])
+
+
 @twin("dit.WanDiT")
 def test_dit(case):
     patch = case.w["patch_embedding.weight"], case.w["patch_embedding.bias"]
@@ -221,8 +244,8 @@ def test_dit(case):
     same(case.loops.wan_dit(*inputs), velocity, [case.latents, case.text, *case.w.values()])
     for block in (0, 1):
         module = case.model(case.latents, case.t, case.text, qk_block=block)
-        for ours, wanted in zip(case.loops.wan_dit(*inputs, block), module):
-            same(ours, wanted[0], [case.latents])
+        for ours, expected in zip(case.loops.wan_dit(*inputs, block), module):
+            same(ours, expected[0], [case.latents])
 
 
 def test_counts(case):
@@ -240,15 +263,15 @@ def video():
     return naive("03_causal_vae")
 
 
-@twin("vae.Streaming", "vae.CausalConv3d")
+@twin("vae.CausalLayer", "vae.CausalConv3d")
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
 def test_causal_convolution(video, kernel, stride):
     conv, x, before = vae.CausalConv3d(3, 4, kernel, stride), leaf(2, 3, 6, 4, 5), leaf(2, 3, 3 - stride, 4, 5)
-    for past in (None, before):
-        y, after = conv(x, past)
-        loops, after_loops = video.causal_conv(x, conv.weight, conv.bias, past, stride)
+    for cache in (None, before):
+        y, after = conv(x, cache)
+        loops, after_loops = video.causal_conv(x, conv.weight, conv.bias, cache, stride)
         assert torch.equal(after, after_loops)
-        same(loops, y, [x, *conv.parameters(), *([] if past is None else [past])])
+        same(loops, y, [x, *conv.parameters(), *([] if cache is None else [cache])])
 
 
 @twin("vae.RMSNorm")
@@ -259,12 +282,12 @@ def test_vae_norm(video, axes, shape):
     same(video.rms_norm(x, norm.gamma), norm(x), [x, norm.gamma])
 
 
-@twin("vae.Stack", "vae.ResidualBlock")
+@twin("vae.CausalSequential", "vae.ResidualBlock")
 @pytest.mark.parametrize("width", [4, 6])
 def test_residual_block(video, width):
     block, x = vae.ResidualBlock(4, width), leaf(1, 4, 5, 3, 4)
     w = weights(block)
-    loops = video.in_chunks(lambda x, past: video.residual_block(x, w, past), x, [1, 4])
+    loops = video.in_chunks(lambda x, cache: video.residual_block(x, w, cache), x, [1, 4])
     same(loops, video.in_chunks(block, x, [1, 4]), [x, *w.values()])
 
 
@@ -281,7 +304,7 @@ def test_attention_within_frames(video):
 def test_resampling(video, temporal):
     for layer, loops in ((vae.Downsample(4, temporal), video.downsample), (vae.Upsample(4, temporal), video.upsample)):
         x, w = leaf(2, 4, 9, 4, 6), weights(layer)
-        ours = video.in_chunks(lambda x, past, loops=loops, w=w: loops(x, w, past), x, [1, 4, 4])
+        ours = video.in_chunks(lambda x, cache, loops=loops, w=w: loops(x, w, cache), x, [1, 4, 4])
         same(ours, video.in_chunks(layer, x, [1, 4, 4]), [x, *w.values()])
 
 
@@ -296,19 +319,19 @@ def test_vae(video):
         same(loops(x, w, *statistics), method(x), [x, *(p for name, p in w.items() if name.startswith(parts))])
 
 
-@twin("vae.stream", "vae.cut")
+@twin("tiling.apply_in_chunks", "tiling.tile_slices", "tiling.Tile")
 def test_chunks_and_tiles(video):
     conv, x = vae.CausalConv3d(2, 3), leaf(1, 2, 9, 4, 6)
-    same(video.in_chunks(conv, x, [1, 4, 4]), vae.stream(conv, x, [9], (1, 3, 9, 4, 6), None, None), [x])
+    same(video.in_chunks(conv, x, [1, 4, 4]), tiling.apply_in_chunks(conv, x, [9], (1, 3, 9, 4, 6), None, None), [x])
     decoder, z, shape = vae.decoder(VAEConfig(dim=4, num_res_blocks=1)), leaf(1, 16, 2, 4, 7), (1, 3, 5, 32, 56)
-    tiled = vae.stream(decoder, z, [1, 1], shape, 32, None)
+    tiled = tiling.apply_in_chunks(decoder, z, [1, 1], shape, 32, None)
     same(video.in_tiles(decoder, z, [1, 1], shape, 32), tiled, [z])
     for source, target, tile in ((160, 160, 64), (20, 160, 64), (160, 20, 64), (8, 64, 32), (40, 40, 64)):
         starts, tile_weights = video.tile_weights(source, target, min(tile, max(source, target)))
-        pieces = vae.cut(source, target, tile)
+        pieces = tiling.tile_slices(source, target, tile)
         assert len(pieces) == len(starts)
-        for row, (_, place, weight) in zip(tile_weights, pieces):
-            torch.testing.assert_close(row[place], weight)
+        for row, (_, target, weight) in zip(tile_weights, pieces):
+            torch.testing.assert_close(row[target], weight)
             assert row.count_nonzero() == len(weight)
 
 
@@ -378,11 +401,9 @@ def test_names_and_headers(tmp_path):
             if naming == "diffusers":
                 assert layouts.rename(layout, keys) == {key: table[key] for key in keys}
     save_file({"a": torch.ones(2, 3), "b": torch.ones(2).bfloat16()}, tmp_path / "x.safetensors", {"config": "{}"})
-    ours = {entry.key: (entry.shape, entry.dtype) for entry in checkpoint.read_header(tmp_path / "x.safetensors")[0]}
-    loops = {
-        key: (shape, checkpoint.DTYPES[dtype])
-        for key, (shape, dtype) in loops.header(tmp_path / "x.safetensors").items()
-    }
+    file = tmp_path / "x.safetensors"
+    ours = {entry.key: (entry.shape, entry.dtype) for entry in checkpoint.read_header(file)[0]}
+    loops = {key: (shape, checkpoint.DTYPES[dtype]) for key, (shape, dtype) in loops.header(file).items()}
     assert ours == loops
 
 
@@ -422,7 +443,7 @@ def test_tile_centers(grid, kind):
     case = Motion(grid)
     centers = window.tile_centers(*case.inputs, kind=kind, tau=1.5)
     same(case.loops.tile_centers(*case.inputs, (3, 4), kind, 1.5), centers, limit=1e-11)
-    assert not centers.requires_grad  # Eq. 4 has no gradient, and of Eq. 2 none is wanted
+    assert not centers.requires_grad  # Eq. 4 has no gradient, and Eq. 2 shall have none
 
 
 @twin("window.place_windows")
@@ -432,8 +453,8 @@ def test_place_windows(size):
     grid, loops = (1, 7, 9), naive("07_tiles_and_windows")
     centers = torch.tensor([7.0, 9.0]) * torch.rand(200, 2) - 0.5
     centers[:2] = torch.tensor([[2.5, 3.5], [3.5, 4.5]])
-    wanted = [loops.window_keys(center, grid, size) for center in centers]
-    assert window.place_windows(centers, grid, size).tolist() == wanted
+    expected = [loops.window_keys(center, grid, size) for center in centers]
+    assert window.place_windows(centers, grid, size).tolist() == expected
 
 
 @twin("window.windowed_amf")
@@ -446,6 +467,52 @@ def test_windowed_amf(grid, size):
     flow, windows = window.windowed_amf(*case.inputs, tau=3.0, window=size)
     assert torch.equal(windows, slow_windows)
     same(slow, flow, [case.q, case.k], limit=1e-11)
+
+
+@twin("window.logit_features", "window.token_coords")
+@GRIDS
+def test_logits_and_coordinates(grid):
+    case, tokens = Motion(grid), grid[1] * grid[2]
+    flow = case.loops.flow
+    queries, keys = window.logit_features(case.q, case.k, grid, 3.0)
+    assert queries.shape == keys.shape == (grid[0], tokens, 8)
+    for u, s in ((0, 0), (3, 7), (tokens - 1, 1)):
+        slow = 3.0 * flow.logits(case.q, case.k, u, tokens + s)
+        same(slow, queries[0, u] @ keys[1, s], [case.q, case.k], limit=1e-11)
+    assert window.token_coords(grid, case.q).tolist() == [list(flow.place(s, grid)) for s in range(tokens)]
+    assert window.token_coords(grid, case.q.bfloat16()).dtype == torch.float32
+
+
+@twin("window.tile_tokens", "window.raster_slot")
+@GRIDS
+@pytest.mark.parametrize("tile", [(3, 4), (1, 1), (2, 2), (9, 9)])
+def test_tiles(grid, tile):
+    loops = naive("07_tiles_and_windows").tiles_of(grid, tile)
+    device = torch.device("cpu")
+    tokens, slots = window.tile_tokens(grid, tile, device), window.raster_slot(grid, tile, device)
+    assert tokens.shape == (len(loops), tile[0] * tile[1])
+    for row, (of_tile, _) in zip(tokens.tolist(), loops, strict=True):
+        assert set(row) == set(of_tile)  # a row may repeat border tokens
+    assert tokens.flatten()[slots].tolist() == list(range(grid[1] * grid[2]))  # back to raster order
+
+
+def test_tiles_of_the_docstring():
+    grid, tile, device = (1, 2, 3), (2, 2), torch.device("cpu")
+    assert window.tile_tokens(grid, tile, device).tolist() == [[0, 1, 3, 4], [2, 2, 5, 5]]
+    assert window.raster_slot(grid, tile, device).tolist() == [0, 1, 4, 2, 3, 6]
+
+
+@twin("window.map_pairs", "window.recomputed")
+def test_pairs_one_by_one():
+    queries, keys, extra = leaf(5, 3, 4, dtype=torch.float64), leaf(5, 6, 4, dtype=torch.float64), torch.randn(7, 1, 1)
+    pairs = window.frame_pairs(5, 2)
+
+    def function(q: Tensor, k: Tensor, e: Tensor) -> Tensor:
+        return (q @ k.mT + e).softmax(-1)
+
+    loops = torch.stack([function(queries[i], keys[j], e) for (i, j), e in zip(pairs, extra, strict=True)])
+    for way in (function, window.recomputed(function)):
+        same(loops, window.map_pairs(way, queries, keys, pairs, extra), [queries, keys], limit=1e-11)
 
 
 # 08: losses.py

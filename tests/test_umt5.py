@@ -5,6 +5,7 @@ import torch
 from conftest import error, golden, weights
 
 from wan_mini.config import UMT5Config
+from wan_mini.errors import UserError
 from wan_mini.umt5 import RelativePosition, UMT5Encoder
 
 CONFIG = UMT5Config(vocab=120, dim=64, dim_attn=48, dim_ffn=96, num_heads=4, num_layers=2)
@@ -40,11 +41,11 @@ def test_buckets_by_hand():
 def test_bfloat16_runs_and_stays_close():
     model = UMT5Encoder(CONFIG)
     ids, mask = torch.randint(120, (2, 7)), torch.ones(2, 7)
-    wanted = model(ids, mask)
+    expected = model(ids, mask)
     got = model.bfloat16()(ids, mask)
-    assert got.dtype == torch.bfloat16 and 0 < error(got.float(), wanted) < 0.05
+    assert got.dtype == torch.bfloat16 and 0 < error(got.float(), expected) < 0.05
 
 
 def test_an_id_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match=r"must be in 0..119, got 0..120"):
+    with pytest.raises(UserError, match=r"must be in 0..119, got 0..120"):
         UMT5Encoder(CONFIG)(torch.tensor([[0, 120]]), torch.ones(1, 2))

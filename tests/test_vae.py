@@ -10,7 +10,9 @@ from conftest import DATA, error, golden, weights
 from diffusers import AutoencoderKLWan
 
 from wan_mini.config import TINY_VAE, WAN_VAE, VAEConfig
-from wan_mini.vae import CausalConv3d, WanVAE, cut, stream
+from wan_mini.errors import UserError
+from wan_mini.tiling import apply_in_chunks, tile_slices
+from wan_mini.vae import CausalConv3d, WanVAE
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +48,10 @@ def random_latents(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def tensors_in(past):
-    if isinstance(past, list):
-        return [tensor for entry in past for tensor in tensors_in(entry)]
-    return [] if past is None else [past]
+def tensors_in(cache):
+    if isinstance(cache, list):
+        return [tensor for entry in cache for tensor in tensors_in(entry)]
+    return [] if cache is None else [cache]
 
 
 # The original
@@ -114,12 +116,12 @@ def test_chunks_equal_the_whole_clip(vae):
         (vae.encoder, video, ([1, 12], [1, 4, 4, 4], [1, 8, 4]), (1, 32, 4, 2, 3)),
         (vae.decoder, latents, ([1, 3], [1, 1, 1, 1], [1, 1, 2]), (1, 3, 13, 16, 24)),
     ):
-        whole, *others = (stream(network, clip, chunks, shape, None, None) for chunks in chunkings)
+        whole, *others = (apply_in_chunks(network, clip, chunks, shape, None, None) for chunks in chunkings)
         for other in others:
             assert error(other, whole) <= 1e-5
 
 
-def test_the_past_never_sees_the_future(vae):
+def test_the_future_changes_no_earlier_frame(vae):
     video, latents = random_video(1, 3, 13, 16, 16), random_latents(1, 16, 4, 2, 2)
     changed = video.clone()
     changed[:, :, 9:] += 1
@@ -139,10 +141,10 @@ def test_an_image_is_a_clip_of_one_frame(vae):
 
 @pytest.mark.parametrize(("part", "channels", "length"), [("encoder", 3, 4), ("decoder", 16, 1)])
 def test_memory_does_not_grow_with_the_clip(vae, part, channels, length):
-    past, sizes = None, set()
+    cache, sizes = None, set()
     for frames in [1] + 5 * [length]:
-        _, past = getattr(vae, part)(random_latents(1, channels, frames, 8, 8), past)
-        kept = tensors_in(past)
+        _, cache = getattr(vae, part)(random_latents(1, channels, frames, 8, 8), cache)
+        kept = tensors_in(cache)
         sizes.add(sum(tensor.nbytes for tensor in kept))
         sizes.add(sum(tensor.untyped_storage().nbytes() for tensor in kept))  # more, if one is a view of a chunk
     assert len(sizes) == 1
@@ -151,13 +153,15 @@ def test_memory_does_not_grow_with_the_clip(vae, part, channels, length):
 def test_modules_keep_no_state_so_two_clips_can_take_turns(vae):
     attributes = {name: set(vars(module)) for name, module in vae.named_modules()}
     clips = [random_latents(1, 16, 3, 2, 2), -random_latents(1, 16, 3, 2, 2)]
-    pasts, frames = [None, None], [[], []]
+    caches, frames = [None, None], [[], []]
     for i in range(3):
         for j, clip in enumerate(clips):
-            y, pasts[j] = vae.decoder(clip[:, :, i : i + 1], pasts[j])
+            y, caches[j] = vae.decoder(clip[:, :, i : i + 1], caches[j])
             frames[j].append(y)
     for clip, got in zip(clips, frames):
-        assert torch.equal(torch.cat(got, dim=2), stream(vae.decoder, clip, [1] * 3, (1, 3, 9, 16, 16), None, None))
+        assert torch.equal(
+            torch.cat(got, dim=2), apply_in_chunks(vae.decoder, clip, [1] * 3, (1, 3, 9, 16, 16), None, None)
+        )
     assert attributes == {name: set(vars(module)) for name, module in vae.named_modules()}
     assert not list(vae.buffers())
 
@@ -167,11 +171,11 @@ def test_modules_keep_no_state_so_two_clips_can_take_turns(vae):
 
 @pytest.mark.parametrize(("source", "target"), [(112, 112), (112, 14), (14, 112)])
 def test_tiles_blend_linearly(source, target):
-    (_, place, weight), (origin, other_place, other_weight) = cut(source, target, 64)  # pixels 0-64 and 48-112
+    (_, first, weight), (source_slice, second, other_weight) = tile_slices(source, target, 64)  # pixels 0-64 and 48-112
     overlap = 16 * target // 112
     ramp = (torch.arange(overlap) + 0.5) / overlap
-    assert origin == slice(48 * source // 112, source)
-    assert (place, other_place) == (slice(0, 64 * target // 112), slice(48 * target // 112, target))
+    assert source_slice == slice(48 * source // 112, source)
+    assert (first, second) == (slice(0, 64 * target // 112), slice(48 * target // 112, target))
     flat = torch.ones(48 * target // 112)
     torch.testing.assert_close(weight, torch.cat([flat, 1 - ramp]))
     torch.testing.assert_close(other_weight, torch.cat([ramp, flat]))
@@ -181,13 +185,13 @@ def test_tiles_blend_linearly(source, target):
 def test_tiles_cover_any_side_and_weigh_one(side):
     for source, target in ((side, side // 8), (side // 8, side)):
         total = torch.zeros(target)
-        for origin, place, weight in cut(source, target, 32):
-            assert (origin.start * target, origin.stop * target) == (place.start * source, place.stop * source)
-            assert (place.stop - place.start) * side == min(32, side) * target
+        for before, after, weight in tile_slices(source, target, 32):
+            assert (before.start * target, before.stop * target) == (after.start * source, after.stop * source)
+            assert (after.stop - after.start) * side == min(32, side) * target
             assert (weight > 0).all()
-            total[place] += weight
+            total[after] += weight
         torch.testing.assert_close(total, torch.ones(target))
-    ((_, _, weight),) = cut(side, side, None)
+    ((_, _, weight),) = tile_slices(side, side, None)
     assert torch.equal(weight, torch.ones(side))
 
 
@@ -258,35 +262,33 @@ def test_progress_wraps_every_step(vae):
     ],
 )
 def test_encode_names_a_wrong_shape(vae, shape, message):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         vae.encode(torch.zeros(shape))
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_decode_names_a_wrong_shape(vae):
-    with pytest.raises(
-        ValueError, match=r"latents must be \(batch, 16, frames, height, width\), got \(1, 3, 2, 2, 2\)"
-    ):
+    with pytest.raises(UserError, match=r"latents must be \(batch, 16, frames, height, width\), got \(1, 3, 2, 2, 2\)"):
         vae.decode(torch.zeros(1, 3, 2, 2, 2))
 
 
 @pytest.mark.parametrize("tile", [0, -32, 40])
 def test_a_wrong_tile_is_named(vae, tile):
-    with pytest.raises(ValueError, match=f"multiple of 32 pixels.*got {tile}"):
+    with pytest.raises(UserError, match=f"multiple of 32 pixels.*got {tile}"):
         vae.decode(torch.zeros(1, 16, 1, 2, 2), tile=tile)
 
 
 def test_wrong_levels_are_named():
-    with pytest.raises(ValueError, match=r"4 levels.*got \(1, 2\)"):
+    with pytest.raises(UserError, match=r"4 levels.*got \(1, 2\)"):
         WanVAE(VAEConfig(dim_mult=(1, 2)))
 
 
 @pytest.mark.parametrize(("kernel", "stride"), [((3, 3, 3), 1), ((3, 1, 1), 1), ((3, 1, 1), 2)])
 def test_causal_convolution_is_the_3d_convolution(kernel, stride):
-    """What runs on a CPU against what runs elsewhere: PyTorch's own 3D convolution, behind the past or zeros."""
+    """What runs on a CPU against what runs elsewhere: PyTorch's own 3D convolution after cached frames or zeros."""
     conv, x = CausalConv3d(3, 4, kernel, stride), torch.randn(2, 3, 4, 5, 6)
-    zeros, past = torch.zeros(2, 3, 3 - stride, 5, 6), torch.randn(2, 3, 3 - stride, 5, 6)
-    for frames, before in ((x, past), (x, None), *([(x[:, :, :1], None)] if stride == 1 else [])):
+    zeros, cached = torch.zeros(2, 3, 3 - stride, 5, 6), torch.randn(2, 3, 3 - stride, 5, 6)
+    for frames, before in ((x, cached), (x, None), *([(x[:, :, :1], None)] if stride == 1 else [])):
         whole = torch.cat([zeros if before is None else before, frames], dim=2)
         y, after = conv(frames, before)
         assert error(y, torch.nn.Conv3d.forward(conv, whole)) < 1e-6

@@ -1,4 +1,4 @@
-"""Clips in and out, with and without ffmpeg: where it is missing, a film must be refused with a hint."""
+"""Clips in and out, with and without ffmpeg: where it is missing, a video must be refused with a hint."""
 
 import json
 import shutil
@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
+from wan_mini import ffmpeg
+from wan_mini.config import valid_frames
+from wan_mini.errors import UserError
 from wan_mini.video import (
-    from_model,
     nearest_frames,
+    output_path,
     read_video,
-    to_model,
-    valid_frames,
-    valid_size,
+    to_tensor,
+    to_uint8,
     write_video,
 )
 
@@ -61,10 +63,10 @@ def save_animation(path, clip, durations):
 
 
 def mp4_or_hint(path, clip, fps=16, metadata=None):
-    """The mp4 written, where there is ffmpeg; elsewhere prove that a film is refused with a hint, and return None."""
+    """The mp4 written, where there is ffmpeg; elsewhere prove that a video is refused with a hint, and return None."""
     if shutil.which("ffmpeg"):
         return write_video(path, clip, fps, metadata)
-    path.write_bytes(b"a film")
+    path.write_bytes(b"a video")
     with pytest.raises(FileNotFoundError, match="no ffmpeg on PATH.*install ffmpeg.*extract the frames"):
         read_video(path)
     return None
@@ -78,16 +80,6 @@ def one_line(error):
 # numbers
 
 
-def test_valid_frames_is_the_nearest_4k_plus_1_that_exists():
-    assert [valid_frames(n) for n in (77, 78, 79, 80, 81, 82, 5)] == [77, 77, 77, 81, 81, 81, 5]
-    assert [valid_frames(80, n) for n in (80, 81, 17, 16, 5)] == [77, 81, 17, 13, 5]
-
-
-def test_valid_size_cuts_down_to_16():
-    assert valid_size((480, 854)) == (480, 848)
-    assert valid_size((1080, 1920)) == (1072, 1920)
-
-
 def test_nearest_frames_by_hand():
     # 30 -> 16: frame k looks at source 1.875 (k + 1/2) = 0.94, 2.81, 4.69, 6.56, 8.44, 10.31, 12.19, 14.06, 15.94.
     assert nearest_frames([1000 / 30] * 30, 16)[:9].tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 15]
@@ -98,20 +90,29 @@ def test_nearest_frames_by_hand():
     assert nearest_frames([62, 63] * 40 + [62], 16).tolist() == list(range(81))
 
 
-def test_model_range_round_trip_is_exact_for_every_level():
+def test_tensor_and_uint8_round_trip_is_exact_for_every_level():
     clip = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3).repeat(5, 0)  # -> (5, 16, 16, 3)
-    video = to_model(clip)
+    video = to_tensor(clip)
     assert video.shape == (1, 3, 5, 16, 16) and video.dtype == torch.float32
     assert video.min() == -1 and video.max() == 1
-    assert np.array_equal(from_model(video), clip)
+    assert np.array_equal(to_uint8(video), clip)
     clip[2, 3, 4] = (10, 20, 30)
-    assert (to_model(clip)[0, :, 2, 3, 4] * 127.5 + 127.5).tolist() == pytest.approx([10, 20, 30], abs=1e-4)
+    assert (to_tensor(clip)[0, :, 2, 3, 4] * 127.5 + 127.5).tolist() == pytest.approx([10, 20, 30], abs=1e-4)
 
 
-def test_from_model_clamps_and_rounds_in_any_float_type():
+def test_to_uint8_clamps_and_rounds_in_any_float_type():
     video = torch.tensor([-3.0, -1.0, 0.0, 1.0, 1.5]).reshape(1, 1, 5, 1, 1).expand(1, 3, 5, 2, 2)
     for dtype in (torch.float32, torch.bfloat16):
-        assert from_model(video.to(dtype))[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]  # 127.5 goes to the even 128
+        assert to_uint8(video.to(dtype))[:, 0, 0, 0].tolist() == [0, 0, 128, 255, 255]  # 127.5 goes to the even 128
+
+
+def test_wrong_shapes_are_refused_before_they_become_a_video():
+    for clip in (np.zeros((5, 16, 16, 3)), np.zeros((3, 5, 16, 16), np.uint8)):
+        with pytest.raises(UserError, match=r"clip must be \(T, H, W, 3\) uint8, got"):
+            to_tensor(clip)
+    for shape in ((2, 3, 5, 16, 16), (3, 5, 16, 16), (1, 16, 5, 2, 2)):
+        with pytest.raises(UserError, match=r"video must be \(1, 3, T, H, W\), got"):
+            to_uint8(torch.zeros(shape))
 
 
 # folders
@@ -243,7 +244,7 @@ def test_webp_metadata_round_trip(tmp_path):
         assert json.loads(image.getexif()[0x010E]) == wanted
 
 
-# films
+# videos
 
 
 def test_mp4_round_trip_keeps_frames_and_colors(tmp_path):
@@ -267,7 +268,7 @@ def test_mp4_colors_stay_true(tmp_path):
         assert np.abs(read_video(path).astype(int) - clip).max() <= 4
 
 
-def test_film_is_resampled_by_the_rule_of_nearest_frames(tmp_path):
+def test_video_is_resampled_by_the_rule_of_nearest_frames(tmp_path):
     if path := mp4_or_hint(tmp_path / "clip.mp4", levels(range(0, 240, 8)), fps=30):
         for fps in (16, 15, 24, 60):
             wanted = nearest_frames([1000 / 30] * 30, fps)
@@ -278,10 +279,10 @@ def test_film_is_resampled_by_the_rule_of_nearest_frames(tmp_path):
 def test_mp4_metadata_round_trip(tmp_path):
     wanted = {"prompt": "a 'quoted' \"Bär\"\n熊; = \\", "losses": list(range(2000))}
     if path := mp4_or_hint(tmp_path / "clip.mp4", moving_square(5), metadata=wanted):
-        assert json.loads(film_comment(path)) == wanted
+        assert json.loads(mp4_comment(path)) == wanted
 
 
-def film_comment(path):
+def mp4_comment(path):
     """The mp4's comment as ffmpeg's metadata dump writes it, unescaped."""
     dump = subprocess.run(
         ["ffmpeg", "-v", "error", "-i", path, "-f", "ffmetadata", "-"], capture_output=True, check=True
@@ -326,6 +327,30 @@ def test_only_what_is_needed_is_read(tmp_path):
         assert np.array_equal(read_video(path, frames=5), start)
         with pytest.raises(ValueError, match="ffmpeg failed"):
             read_video(path)
+
+
+def test_ffmpeg_gets_each_argument_whole():
+    """No shell stands between: quotes and spaces in names and metadata arrive as they are."""
+    path = Path("/clips/it's a clip.mp4")
+    decode = ffmpeg.decode_command(path, 16)
+    assert decode[decode.index("-i") + 1] == str(path.absolute()) and decode[-1] == "-"
+    assert decode[decode.index("-vf") + 1].startswith("fps=16,scale=")
+    assert "fps" not in " ".join(ffmpeg.decode_command(path, None))
+    comment = '{"prompt": "a \'quoted\' \\"B\\" ; = "}'
+    encode = ffmpeg.encode_command(path, "96x64", 29.97, comment)
+    assert encode[encode.index("-metadata") + 1] == f"comment={comment}"
+    assert encode[encode.index("-s") + 1] == "96x64" and encode[encode.index("-framerate") + 1] == "29.97"
+    assert encode[-1] == str(path.absolute())
+
+
+def test_output_path_is_the_one_written(tmp_path, monkeypatch):
+    """So that a program can see before a run whether a file is in the way."""
+    monkeypatch.setattr(ffmpeg, "is_installed", lambda: True)
+    assert output_path(tmp_path / "a.mp4") == tmp_path / "a.mp4"
+    monkeypatch.setattr(ffmpeg, "is_installed", lambda: False)
+    assert output_path(tmp_path / "a.mp4") == tmp_path / "a.webp"
+    for name in ("a.mp4", "b.webp"):
+        assert write_video(tmp_path / name, moving_square(5), 16) == output_path(tmp_path / name)
 
 
 # errors
@@ -403,7 +428,7 @@ def test_broken_picture_in_a_folder_is_named(tmp_path):
         one_line(error)
 
 
-def test_text_and_damaged_films_are_refused(tmp_path):
+def test_text_and_damaged_videos_are_refused(tmp_path):
     path = mp4_or_hint(tmp_path / "clip.mp4", moving_square(17))
     if path is None:
         return
@@ -424,31 +449,36 @@ def test_a_short_clip_gives_what_it_has(tmp_path):
         one_line(error)
 
 
-def test_without_ffmpeg_films_are_refused_and_webp_is_written(tmp_path, monkeypatch, capsys):
+def test_without_ffmpeg_videos_are_refused_and_webp_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
-    assert mp4_or_hint(tmp_path / "film.mp4", moving_square(5)) is None
+    assert mp4_or_hint(tmp_path / "video.mp4", moving_square(5)) is None
     path = write_video(tmp_path / "clip.mp4", moving_square(5), 16)
     assert path == tmp_path / "clip.webp" and read_video(path).shape == (5, 64, 96, 3)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "no ffmpeg on PATH" in said and str(path) in said and "apt install ffmpeg" in said
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("\n") == 1
+        and "no ffmpeg on PATH" in printed
+        and str(path) in printed
+        and "apt install ffmpeg" in printed
+    )
     assert not (tmp_path / "clip.mp4").exists()
 
 
 def test_failing_ffmpeg_is_quoted_and_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def full_disk(command, **_):
-        Path(command[-1]).write_bytes(b"half a film")
+        Path(command[-1]).write_bytes(b"half a video")
         return subprocess.CompletedProcess(command, 1, b"", b"No space left on device\nConversion failed!\n")
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(subprocess, "run", full_disk)
-    (tmp_path / "clip.mp4").write_bytes(b"an older film")
+    (tmp_path / "clip.mp4").write_bytes(b"an older video")
     with pytest.raises(
         ValueError, match="No space left on device.*ffmpeg -v error .*-s 96x64 .*clip.part.mp4"
     ) as error:
         write_video(tmp_path / "clip.mp4", moving_square(5), 16)
     one_line(error)
     assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
-    assert (tmp_path / "clip.mp4").read_bytes() == b"an older film"
+    assert (tmp_path / "clip.mp4").read_bytes() == b"an older video"
 
 
 def test_bad_frames_and_names_are_refused(tmp_path):

@@ -60,9 +60,21 @@ def test_any_chunk_size_and_pair_order_gives_the_same(monkeypatch):
     assert torch.equal(shuffled[1], windows[order])
 
 
-def test_chunks_are_long():
-    """All pairs of one distance go in one call when memory allows."""
-    assert list(window._runs(frame_pairs(21, 4), 100)) == [(0, 1, 20), (0, 2, 19), (0, 3, 18), (0, 4, 17)]
+def test_chunks_are_long(monkeypatch):
+    """All pairs of one distance go in one call when memory allows; else as many as it does."""
+    calls = []
+
+    def function(q, k):
+        calls.append((int(q[0, 0, 0]), int(k[0, 0, 0]), len(q)))
+        return q
+
+    frames = torch.arange(21.0)[:, None, None]  # features that tell the frame
+    window.map_pairs(function, frames, frames, frame_pairs(21, 4))
+    assert calls == [(0, 1, 20), (0, 2, 19), (0, 3, 18), (0, 4, 17)]
+    calls.clear()
+    monkeypatch.setattr(window, "CHUNK_BYTES", 12 * 4)  # one logit of 4 bytes a pair
+    window.map_pairs(function, frames, frames, frame_pairs(21, 1))
+    assert calls == [(0, 1, 12), (12, 13, 8)]
 
 
 def shifted_frames(grid, dy, dx, width=96):
@@ -84,13 +96,13 @@ def stays(grid, dy, dx, tile=(3, 4)):
 
 
 @pytest.mark.parametrize("shift", [(0, 0), (2, 3), (-3, 4), (0, 7), (9, -12)])
-def test_a_shift_is_found_exactly(shift):
+def test_a_shift_is_recovered_exactly(shift):
     grid = (2, 30, 52)
     q = shifted_frames(grid, *shift)
     flow, _ = windowed_amf(q, q, grid, [(0, 1)], tau=2000.0)
-    found = flow[0, stays(grid, *shift)]
-    assert len(found) > 500
-    torch.testing.assert_close(found, torch.tensor(shift).float().expand_as(found), rtol=0, atol=1e-4)
+    estimated = flow[0, stays(grid, *shift)]
+    assert len(estimated) > 500
+    torch.testing.assert_close(estimated, torch.tensor(shift).float().expand_as(estimated), rtol=0, atol=1e-4)
 
 
 def test_displacement_is_absolute():
@@ -133,10 +145,10 @@ def test_uniform_attention_points_to_the_middle_of_the_window():
     grid = (2, 6, 8)
     q, k = torch.zeros(1, 96, 2, 4), torch.randn(1, 96, 2, 4)
     flow, windows = windowed_amf(q, k, grid, [(0, 1)], window=3)
-    places = torch.stack([torch.arange(48) // 8, torch.arange(48) % 8], -1).float()
+    coords = torch.stack([torch.arange(48) // 8, torch.arange(48) % 8], -1).float()
     for p, (tokens, _) in enumerate(loops.tiles_of(grid, (3, 4))):
-        middle = places[windows[0, p]].mean(0)
-        torch.testing.assert_close(flow[0, tokens], middle - places[tokens])
+        middle = coords[windows[0, p]].mean(0)
+        torch.testing.assert_close(flow[0, tokens], middle - coords[tokens])
 
 
 def test_sharp_attention_is_the_argmax_in_the_window():
@@ -146,8 +158,8 @@ def test_sharp_attention_is_the_argmax_in_the_window():
     for p, (tokens, _) in enumerate(loops.tiles_of(grid, (3, 4))):
         for u in tokens:
             best = max(windows[0, p].tolist(), key=lambda s: loops.flow.logits(q, k, u, 48 + s).item())
-            wanted = torch.tensor([best // 8 - u // 8, best % 8 - u % 8]).double()
-            torch.testing.assert_close(flow[0, u], wanted)
+            expected = torch.tensor([best // 8 - u // 8, best % 8 - u % 8]).double()
+            torch.testing.assert_close(flow[0, u], expected)
 
 
 def test_gradient_with_centers_held_matches_finite_differences():
@@ -177,7 +189,7 @@ def test_bfloat16_input_is_computed_in_float32():
     torch.testing.assert_close(flow, windowed_amf(q.float(), k.float(), grid, [(0, 1)], window=3)[0], rtol=0, atol=0)
 
 
-def test_errors_name_what_was_wanted():
+def test_errors_name_what_is_expected():
     q, k = random_qk((2, 3, 4))
     with pytest.raises(ValueError, match=r"must be \(1, 48, heads, width\) for grid \(4, 3, 4\), got \(1, 24, 2, 4\)"):
         dense_amf(q, k, (4, 3, 4), [(0, 1)])
@@ -212,6 +224,6 @@ def test_memory_stays_under_the_stated_bound(monkeypatch, frames):
     peak = logged_peak(run)
     # q, k, the scaled q (which is sorted into tiles), their gradients; the flow and its gradient; the windows
     inputs_and_outputs = 6 * q.nbytes + 2 * results["flow"].nbytes + results["windows"].nbytes
-    kept = 4 * len(pairs) * 15 * 28 * 49 + results["windows"].nbytes  # softmax, with the border's copies; places
+    kept = 4 * len(pairs) * 15 * 28 * 49 + results["windows"].nbytes  # softmax, with the border's copies; coordinates
     assert 2**21 < peak < 4 * 2**21 + inputs_and_outputs + kept
     assert len(pairs) * (15 * 26) ** 2 * 4 > (8 if frames == 17 else 1) * 2**21  # all at once would not fit

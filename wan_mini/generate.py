@@ -3,26 +3,58 @@
 python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over the sea"
 """
 
-import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from wan_mini.device.offload import resident
-from wan_mini.device.select import DTYPES, compile_blocks, pick_device, pick_dtype
+from wan_mini.config import ClipConfig, latent_shape, valid_frames, valid_size
+from wan_mini.device.offload import on_device
+from wan_mini.device.select import (
+    DTYPES,
+    attention_backend,
+    compile_blocks,
+    describe,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
+from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_vae, load_wan
-from wan_mini.pipeline import check_finite, decode, guided_velocity
+from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
-from wan_mini.runs.cli import Parser, height_width, run
-from wan_mini.runs.folder import load_tensors, save_tensors
+from wan_mini.runs.cli import Parser, add_common_flags, run, with_options
+from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
+from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler, FlowUniPC
-from wan_mini.video import valid_frames, valid_size, write_video
+from wan_mini.video import write_video
 
-# Shift, cfg and negative prompt; others have 1.3B's (official README). The tiny model's is the empty prompt, which
-# stood in for the captions left out in its training: Chinese is unknown tokens to it.
-SAMPLING = {"Wan2.1-T2V-14B": (5.0, 5.0, NEGATIVE), "tiny": (3.0, 3.0, "")}
+SAMPLERS = {"unipc": FlowUniPC, "euler": FlowEuler}
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """The options of text-to-video; defaults are the official README's for 1.3B."""
+
+    steps: int = 50
+    sampler: str = "unipc"
+    shift: float = 8.0  # of the noise levels; 5 for 14B
+    cfg: float = 6.0  # scale of classifier-free guidance; 5 for 14B
+    negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
+
+
+def preset(name: str, folder: Path) -> GenerateConfig:
+    """The options that suit a model: its checkpoint's own (motion.json), else the official README's."""
+    motion = read_preset(folder).get("motion", {})
+    own = {}
+    for option in ("shift", "cfg", "negative"):
+        if option in motion:
+            own[option] = motion[option]
+    if name == "Wan2.1-T2V-14B":
+        return GenerateConfig(shift=5.0, cfg=5.0)
+    return with_options(GenerateConfig(), own, f"{folder}/motion.json: motion")
 
 
 @torch.no_grad()
@@ -36,76 +68,109 @@ def generate(
     cfg: float,
     seed: int,
     negative: str = NEGATIVE,
-    device: torch.device,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Latents (1,16,F,H/8,W/8) of a video of `frames` = 4k+1 frames and size (height, width), multiples of 16.
 
-    Noise comes from a CPU generator, so that a seed means the same on every device.
-    Raises FloatingPointError if latents stop being finite.
+    device: where each part works; None: where the transformer is. The start noise comes from a CPU generator, so that
+    a seed means the same on every device. Raises FloatingPointError if latents stop being finite.
     """
+    device = wan.device if device is None else device
     text, negative_text = encode_prompts(wan, [prompt, negative], device)
-    shape = (1, wan.dit.config.in_dim, (frames - 1) // 4 + 1, size[0] // 8, size[1] // 8)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    with resident(wan.dit, device):
-        for index, timestep in enumerate(tqdm(scheduler.timesteps, desc="denoise", unit="step")):
-            velocity = guided_velocity(wan.dit, x, timestep, text, negative_text, cfg)
-            x = scheduler.step(index, x, velocity)
-            check_finite(x, index, len(scheduler.timesteps))
-    return x
+    shape = latent_shape(frames, *size, wan.dit.config.in_dim)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    with on_device(wan.dit, device):
+        return denoise(wan.dit, noise, scheduler, text, negative_text, cfg)
 
 
 def parser() -> Parser:
     """The command line."""
+    clip, config = ClipConfig(), GenerateConfig()
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     p.add_argument("--prompt", help="what the video shows")
-    p.add_argument("--negative", help="what it should not look like (Wan's default, tiny none)")
+    p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
-    p.add_argument("--size", type=height_width, default=(480, 832), help="HEIGHTxWIDTH in pixels (480x832)")
-    p.add_argument("--frames", type=int, default=81, help="4k+1 frames at 16 a second (%(default)s)")
-    p.add_argument("--steps", type=int, default=50, help="%(default)s")
-    p.add_argument("--sampler", choices=["unipc", "euler"], default="unipc", help="%(default)s")
-    p.add_argument("--shift", type=float, help="8 for 1.3B, 5 for 14B")
-    p.add_argument("--cfg", type=float, help="6 for 1.3B, 5 for 14B")
+    p.add_argument("--height", type=int, default=clip.height, help="pixels, multiple of 16 (%(default)s)")
+    p.add_argument("--width", type=int, default=clip.width, help="pixels, multiple of 16 (%(default)s)")
+    p.add_argument("--frames", type=int, default=clip.frames, help="4k+1 frames at 16 a second (%(default)s)")
+    p.add_argument("--steps", type=int, default=config.steps, help="%(default)s")
+    p.add_argument("--sampler", choices=list(SAMPLERS), default=config.sampler, help="%(default)s")
+    p.add_argument("--shift", type=float, help=f"{config.shift:g} for 1.3B, 5 for 14B")
+    p.add_argument("--cfg", type=float, help=f"{config.cfg:g} for 1.3B, 5 for 14B")
     p.add_argument("--seed", type=int, default=0, help="%(default)s")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
-    p.add_argument("--offload", action="store_true", help="keep only the stage at work on the device")
+    p.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
+    p.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
     p.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
     p.add_argument("--decode", type=Path, metavar="LATENTS", help="only decode what a run has saved before it failed")
+    add_common_flags(p, f"fastvmt-mini {package_version()}")
     return p
 
 
+def check_output(out: Path) -> None:
+    """Raises UserError unless the result, its latents and its fallback without ffmpeg are all new files."""
+    if out.suffix not in (".mp4", ".webp"):
+        raise UserError(f"--out must end in .mp4 or .webp, got {out}")
+    for suffix in (".mp4", ".webp", ".safetensors"):
+        file = out.with_suffix(suffix)
+        if file.exists():
+            raise UserError(f"{file} exists already: choose another --out")
+
+
 def program(argv: list[str] | None) -> None:
-    """Parse, load, generate, save the latents, decode, write."""
+    """Parse, then decode what an old run has saved, or generate, save the latents, decode and write."""
     args = parser().parse_args(argv)
+    if (args.prompt is None) == (args.decode is None):
+        raise UserError("give either --prompt or --decode (see --help)")
+    check_output(args.out)
     device = pick_device(args.device)
-    size, frames = valid_size(args.size), valid_frames(args.frames)
-    if min(size) < 16 or frames < 1 or (args.prompt is None) == (args.decode is None):
-        raise ValueError("need --prompt or --decode, --size of at least 16x16 and --frames of at least 1 (see --help)")
-    if args.out.suffix not in (".mp4", ".webp") or args.out.exists():
-        raise ValueError(f"--out must be a new .mp4 or .webp file, got {args.out}")
     if args.decode:
         vae = load_vae(args.model, device=device, dtype=torch.float32)
-        latents, settings = load_tensors(args.decode, ["latents"])
-        print("wrote", write_video(args.out, decode(vae, *latents, device), fps=16, metadata=settings))
+        (latents,), settings = load_tensors(args.decode, ["latents"])
+        print("wrote", write_video(args.out, decode(vae, latents), fps=settings.get("fps", 16), metadata=settings))
         return
-    if (size, frames) != (args.size, args.frames):
-        print(f"note: {args.frames} frames of {args.size[0]}x{args.size[1]} become {frames} of {size[0]}x{size[1]}")
-    wan = load_wan(args.model, device="cpu" if args.offload else device, dtype=pick_dtype(device, args.dtype))
+    height, width = valid_size((args.height, args.width))
+    clip = ClipConfig(height, width, valid_frames(args.frames))
+    if (clip.height, clip.width, clip.frames) != (args.height, args.width, args.frames):
+        asked = f"{args.frames} frames of {args.width}x{args.height}"
+        print(f"note: {asked} become {clip.frames} of {clip.width}x{clip.height}")
+    dtype = pick_dtype(device, args.dtype)
+    home = torch.device("cpu") if args.offload else device
+    wan = load_wan(args.model, device=home, dtype=dtype)
     if args.compile:
         compile_blocks(wan.dit)
-    given = args.shift, args.cfg, args.negative
-    own = SAMPLING.get(wan.name, (8.0, 6.0, NEGATIVE))
-    shift, cfg, negative = (b if a is None else a for a, b in zip(given, own))
-    scheduler = (FlowUniPC if args.sampler == "unipc" else FlowEuler)(args.steps, shift)
-    settings = {"seed": args.seed, "sampler": args.sampler, "steps": args.steps, "shift": shift, "cfg": cfg}
-    print(f"{wan.name} on {device}: {frames} frames of {size[0]}x{size[1]},", json.dumps(settings))
-    options = {"size": size, "frames": frames, "scheduler": scheduler, "cfg": cfg, "seed": args.seed}
-    latents = generate(wan, args.prompt, **options, negative=negative, device=device)
-    settings |= {"ai_generated": True, "model": wan.name, "prompt": args.prompt, "negative": negative}
-    save_tensors(args.out.with_suffix(".safetensors"), {"latents": latents}, settings)
-    print("wrote", write_video(args.out, decode(wan.vae, latents, device), fps=16, metadata=settings))
+    names = ("steps", "sampler", "shift", "cfg", "negative")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    config = with_options(preset(wan.name, args.model), given, "--set")
+    attention = pick_attention(device)
+    print(f"{wan.name} on {describe(device, dtype, attention)}, seed {args.seed}, {clip.frames} frames")
+    with attention_backend(attention):
+        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out)
+
+
+def write_new_video(
+    wan: Wan, prompt: str, clip: ClipConfig, config: GenerateConfig, seed: int, device: torch.device, out: Path
+) -> None:
+    """Generate, save the latents beside the video, decode, write."""
+    scheduler = SAMPLERS[config.sampler](config.steps, config.shift)
+    latents = generate(
+        wan,
+        prompt,
+        size=(clip.height, clip.width),
+        frames=clip.frames,
+        scheduler=scheduler,
+        cfg=config.cfg,
+        seed=seed,
+        negative=config.negative,
+        device=device,
+    )
+    settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}
+    settings |= {**asdict(config), **asdict(clip)}
+    save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
+    with on_device(wan.vae, device):
+        frames = decode(wan.vae, latents, dtype=wan.dtype)
+    print("wrote", write_video(out, frames, fps=clip.fps, metadata=settings))
 
 
 if __name__ == "__main__":

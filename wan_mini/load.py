@@ -30,7 +30,7 @@ from wan_mini.checkpoint import (
     read_tensors,
 )
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
-from wan_mini.dit import FP32_PARTS, WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.hashes import FileHasher
 from wan_mini.layouts import download_hint
@@ -63,6 +63,16 @@ class Wan:
     name: str
     folder: Path | None = None
     hashes: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return self.dit.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which the transformer's matrix products run."""
+        return self.dit.patch_embedding.weight.dtype
 
 
 def load_wan(
@@ -269,7 +279,7 @@ def load_weights(
 
 def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a parameter gets: some of the DiT's stay float32."""
-    if part.layout.part == "dit" and any(kept in name for kept in FP32_PARTS):
+    if part.layout.part == "dit" and keeps_float32(name):
         return torch.float32
     return dtype
 

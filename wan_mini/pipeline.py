@@ -1,16 +1,139 @@
-"""The sampling loop of the repository."""
+"""The only sampling loop here: a model, a scheduler, classifier-free guidance, and a hook before each step.
 
+    latents = denoise(dit, noise, scheduler, text, negative_text, cfg)                      # text-to-video
+    latents = denoise(dit, noise, scheduler, text, negative_text, cfg, guidance=FastVMT(...))  # motion transfer
+
+A method that steers sampling is a `Guidance`: it changes the latents before a step and never copies this loop.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from wan_mini.device.offload import resident
 from wan_mini.dit import WanDiT
+from wan_mini.errors import check_positive, check_range
+from wan_mini.prompts import NEGATIVE
+from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.vae import WanVAE
-from wan_mini.video import from_model
+from wan_mini.video import to_uint8
+
+Timer = Callable[[str], AbstractContextManager[None]]  # timer("denoise") measures a block of code, as StageTimer does
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """The options of sampling, for every method. Sec. is the FastVMT paper's; "release" is its published code."""
+
+    steps: int = 50  # denoising steps (Sec. 4.1)
+    shift: float = 7.0  # of the noise levels (release; the paper does not say)
+    cfg: float = 5.8  # scale of classifier-free guidance (release; the paper does not say)
+    negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
+    strength: float = 1.0  # 1: start from Gaussian noise (paper); below 1: from the noised reference (release: 0.75)
+    vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
+
+    def __post_init__(self) -> None:
+        check_range("steps", self.steps, 1)
+        check_positive("shift", self.shift)
+        check_range("cfg", self.cfg)
+        check_positive("strength", self.strength, at_most=1)
+
+
+@dataclass
+class Transfer:
+    """What a motion transfer gives; frames are None until they are decoded."""
+
+    latents: Tensor  # (1,16,F,h,w) float32
+    flows: tuple[Tensor, Tensor]  # of reference and result, (F-1,S,2) tokens from each latent frame to the next
+    report: dict[str, Any]  # losses, gradients, ...: what goes into run.json
+    frames: np.ndarray | None = None  # (T,H,W,3) uint8
+
+
+class Guidance(Protocol):
+    """A training-free method: it may change the latents before each denoising step."""
+
+    status: dict[str, str]  # shown behind the progress bar, such as {"loss": "0.12"}
+
+    def before_step(self, index: int, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
+        """Return the latents (1,16,F,H,W) from which step `index` starts, at noise level sigma = timestep / 1000."""
+        ...
+
+
+def no_timer(stage: str) -> AbstractContextManager[None]:
+    """A Timer that measures nothing."""
+    return nullcontext()
+
+
+def guided_velocity(
+    dit: WanDiT, latents: Tensor, timestep: Tensor, text: Tensor, negative_text: Tensor, cfg: float
+) -> Tensor:
+    """Velocity by classifier-free guidance, u + cfg (c - u): two passes, or one if cfg is 1.
+
+    latents (1,16,F,H,W); timestep () in [0,1000]; text, negative_text (1,L,text_dim) -> (1,16,F,H,W) float32.
+    Source: Ho & Salimans (arXiv 2207.12598).
+    """
+    timestep = timestep.reshape(1)  # () -> (1,)
+    conditional = dit(latents, timestep, text)
+    if cfg == 1:
+        return conditional
+    unconditional = dit(latents, timestep, negative_text)
+    return unconditional + cfg * (conditional - unconditional)
+
+
+@torch.no_grad()
+def denoise(
+    dit: WanDiT,
+    latents: Tensor,
+    scheduler: FlowEuler | FlowUniPC,
+    text: Tensor,
+    negative_text: Tensor,
+    cfg: float,
+    *,
+    guidance: Guidance | None = None,
+    timer: Timer = no_timer,
+) -> Tensor:
+    """Take latents from the scheduler's first noise level to its last.
+
+    latents (1,16,F,H,W) float32, at scheduler.sigmas[0]; text, negative_text (1,L,text_dim); cfg: the scale of
+    classifier-free guidance. Guidance changes the latents before each step; the timer sees stages "guide", "denoise".
+    -> latents (1,16,F,H,W) float32, at scheduler.sigmas[-1].
+    Raises FloatingPointError, which names the step, if latents stop being finite.
+    """
+    steps = len(scheduler.timesteps)
+    with tqdm(total=steps, desc="denoise", unit="step") as bar:
+        for index in range(steps):
+            sigma = scheduler.sigmas[index]
+            timestep = scheduler.timesteps[index]
+            if guidance is not None:
+                with timer("guide"):
+                    latents = guidance.before_step(index, latents, sigma, timestep)
+                bar.set_postfix(guidance.status)
+            with timer("denoise"):
+                velocity = guided_velocity(dit, latents, timestep, text, negative_text, cfg)
+                latents = scheduler.step(index, latents, velocity)
+            check_finite(latents, index, steps)
+            bar.update()
+    return latents
+
+
+@torch.no_grad()
+def decode(
+    vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torch.dtype = torch.float32
+) -> np.ndarray:
+    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8, on the VAE's device.
+
+    tile (pixels) bounds memory, see WanVAE. dtype bfloat16: convolutions and products are rounded to it.
+    """
+    device = next(vae.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        video = vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode"))  # -> (1,3,T,H,W)
+    return to_uint8(video)
 
 
 def check_finite(latents: Tensor, step: int, steps: int) -> None:
@@ -18,20 +141,3 @@ def check_finite(latents: Tensor, step: int, steps: int) -> None:
     if not torch.isfinite(latents).all():
         hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.inspect"
         raise FloatingPointError(f"latents are not finite after step {step + 1} of {steps}: {hint}")
-
-
-def guided_velocity(dit: WanDiT, x: Tensor, timestep: Tensor, text: Tensor, negative: Tensor, cfg: float) -> Tensor:
-    """Velocity by classifier-free guidance, u + cfg (c - u): two passes, or one where cfg is 1."""
-    timestep = timestep.reshape(1)
-    conditional = dit(x, timestep, text)
-    if cfg == 1:
-        return conditional
-    unconditional = dit(x, timestep, negative)
-    return unconditional + cfg * (conditional - unconditional)
-
-
-@torch.no_grad()
-def decode(vae: WanVAE, latents: Tensor, device: torch.device, tile: int | None = None) -> np.ndarray:
-    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8; tile (pixels) bounds memory, see WanVAE."""
-    with resident(vae, device):
-        return from_model(vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode")))

@@ -7,7 +7,7 @@ import unicodedata
 import torch
 from torch import Tensor
 
-from wan_mini.device.offload import resident
+from wan_mini.device.offload import on_device
 from wan_mini.load import Wan
 from wan_mini.tokenizer import SPACES
 
@@ -72,7 +72,7 @@ def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offloa
     offload_blocks: keep the text encoder's blocks in the host's memory, and copy each to the device for its turn.
     """
     vectors = []
-    with resident(wan.text_encoder, device, blocks=not offload_blocks):
+    with on_device(wan.text_encoder, device, offload_blocks=offload_blocks):
         for prompt in prompts:
             ids = _truncate(wan.tokenizer.encode(clean_prompt(prompt)), wan.dit.config.text_len)
             batch = torch.tensor([ids], device=device)  # (1, L)

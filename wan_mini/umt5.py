@@ -1,4 +1,8 @@
-"""The UMT5 text encoder: token ids in, one vector per token out. The original's module names (wan/modules/t5.py)."""
+"""The UMT5 text encoder: token ids in, one vector per token out.
+
+Module names are the original's (Wan 2.1, wan/modules/t5.py). Sources: T5 (arXiv 1910.10683), whose relative positions
+and unscaled attention it has, and UniMax (arXiv 2304.09151), which introduced UMT5.
+"""
 
 import math
 
@@ -7,6 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan_mini.config import UMT5Config
+from wan_mini.errors import UserError
+
+EPS = 1e-6
 
 
 class T5Norm(nn.Module):
@@ -17,7 +24,8 @@ class T5Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), 1e-6).to(x.dtype)
+        """x (..., C) -> same shape and dtype."""
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), EPS).to(x.dtype)
 
 
 class RelativePosition(nn.Module):
@@ -25,26 +33,28 @@ class RelativePosition(nn.Module):
 
     def __init__(self, num_buckets: int, num_heads: int, max_distance: int = 128):
         super().__init__()
-        self.num_buckets, self.max_distance = num_buckets, max_distance
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
         self.embedding = nn.Embedding(num_buckets, num_heads)
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """Signed distances key - query -> bucket numbers, same shape.
+        """Signed distances key - query, in tokens -> bucket numbers in 0..num_buckets-1, same shape.
 
         Half of the buckets for each direction; in each, the first half counts exactly, the rest grows logarithmically
         to max_distance and shares its last bucket beyond.
         """
         half = self.num_buckets // 2
         exact = half // 2
-        far = distance.abs().clamp(min=1).float()
-        log = exact + (torch.log(far / exact) / math.log(self.max_distance / exact) * (half - exact)).long()
-        near = torch.where(distance.abs() < exact, distance.abs(), log.clamp(max=half - 1))
-        return near + half * (distance > 0)
+        length = distance.abs()
+        share = torch.log(length.clamp(min=1).float() / exact) / math.log(self.max_distance / exact)  # 1 at the largest
+        logarithmic = exact + (share * (half - exact)).long()
+        bucket = torch.where(length < exact, length, logarithmic.clamp(max=half - 1))
+        return bucket + half * (distance > 0)
 
     def forward(self, length: int) -> Tensor:
-        """-> bias (1, M, L, L), query by key."""
-        place = torch.arange(length, device=self.embedding.weight.device)
-        buckets = self.bucket(place[None, :] - place[:, None])  # (L, L)
+        """length L in tokens -> bias (1, M, L, L), query by key."""
+        position = torch.arange(length, device=self.embedding.weight.device)
+        buckets = self.bucket(position[None, :] - position[:, None])  # (L, L)
         return self.embedding(buckets).permute(2, 0, 1).unsqueeze(0)  # (L,L,M) -> (1,M,L,L)
 
 
@@ -62,7 +72,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """x (B,L,C), bias (B or 1, M, L, L) with very negative entries at padded keys -> (B,L,C)."""
         heads = (self.num_heads, -1)
-        q, k, v = (f(x).unflatten(-1, heads).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B,L,C) -> (B,M,L,D)
+        q = self.q(x).unflatten(-1, heads).transpose(1, 2)  # (B,L,C) -> (B,L,M,D) -> (B,M,L,D)
+        k = self.k(x).unflatten(-1, heads).transpose(1, 2)
+        v = self.v(x).unflatten(-1, heads).transpose(1, 2)
         weights = (q @ k.mT + bias).float().softmax(-1).to(v.dtype)  # (B,M,L,L); float32: unscaled logits are large
         return self.o((weights @ v).transpose(1, 2).flatten(2))  # (B,M,L,D) -> (B,L,C)
 
@@ -77,6 +89,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(config.dim_ffn, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B,L,C) -> same shape."""
         return self.fc2(self.fc1(x) * self.gate(x))
 
 
@@ -108,13 +121,14 @@ class UMT5Encoder(nn.Module):
         self.norm = T5Norm(config.dim)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B,L) token numbers, mask (B,L) 1 for a token, 0 for padding -> (B,L,C); rows at padding mean nothing.
+        """ids (B,L) token numbers, mask (B,L) 1 for a token, 0 for padding -> (B,L,C) in the dtype of the weights.
 
-        Raises ValueError if an id is outside the vocabulary.
+        Rows at padding are undefined: drop them. Raises UserError if an id is outside the vocabulary.
         """
         if ids.min() < 0 or ids.max() >= self.config.vocab:
-            got, wanted = f"{ids.min()}..{ids.max()}", f"0..{self.config.vocab - 1}"
-            raise ValueError(f"token ids must be in {wanted}, got {got}: is this the checkpoint's own tokenizer?")
+            expected = f"0..{self.config.vocab - 1}"
+            got = f"{ids.min()}..{ids.max()}"
+            raise UserError(f"token ids must be in {expected}, got {got}: is this the checkpoint's own tokenizer?")
         x = self.token_embedding(ids)  # (B,L) -> (B,L,C)
         hidden = torch.finfo(x.dtype).min * (mask[:, None, None, :] == 0).to(x.dtype)  # (B,L) -> (B,1,1,L)
         for block in self.blocks:

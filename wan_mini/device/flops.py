@@ -1,46 +1,99 @@
-"""Floating-point operations and memory of the diffusion transformer, counted from its sizes (multiply-add = 2).
+"""Floating-point operations of the diffusion transformer, counted from its sizes (one multiply-add = 2 operations).
 
-A forward agrees with torch's FlopCounterMode to the last operation; so does a gradient, but for what flash attention
-does on top of the plain formula (tests/test_flops.py).
+A forward pass agrees with torch's FlopCounterMode to the last operation; so does a gradient, but for what flash
+attention does on top of the plain formula (tests/test_flops.py). Only products of matrices count.
 """
+
+import math
 
 from wan_mini.config import DiTConfig
 
-# Bytes that autograd keeps of one block without its feed-forward, per token and channel, by bytes of a weight; counted
-# by hooks on saved tensors (tests/test_flops.py).
-SAVED_BYTES = {2: 36.4, 4: 48.4}
+
+def linear_flops(rows: int, columns_in: int, columns_out: int) -> int:
+    """A linear layer on (rows, columns_in) -> (rows, columns_out)."""
+    return 2 * rows * columns_in * columns_out
+
+
+def linear_parameters(columns_in: int, columns_out: int) -> int:
+    """Weight and bias of a linear layer."""
+    return columns_in * columns_out + columns_out
+
+
+def attention_flops(config: DiTConfig, queries: int, keys: int) -> int:
+    """All heads: logits q k^T, and the weighted sum of values."""
+    logits = 2 * queries * keys * config.dim
+    weighted_sum = 2 * queries * keys * config.dim
+    return logits + weighted_sum
 
 
 def parameters(config: DiTConfig) -> int:
     """Number of weights."""
-    c, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    block = 2 * (4 * c * c + 4 * c + 2 * c) + 2 * c + 2 * c * config.ffn_dim + config.ffn_dim + c + 6 * c
-    text = config.text_dim * c + c * c + 2 * c
-    time = config.freq_dim * c + c * c + 2 * c + 6 * c * c + 6 * c
-    ends = config.in_dim * patch * c + c + config.out_dim * patch * (c + 1) + 2 * c
-    return config.num_layers * block + text + time + ends
+    width = config.dim
+    patch_volume = math.prod(config.patch_size)
+    projections = 4 * linear_parameters(width, width)  # q, k, v, o
+    qk_norms = 2 * width
+    attention = projections + qk_norms
+    cross_attention_norm = 2 * width  # weight and bias of norm3
+    feed_forward = linear_parameters(width, config.ffn_dim) + linear_parameters(config.ffn_dim, width)
+    block_modulation = 6 * width
+    block = 2 * attention + cross_attention_norm + feed_forward + block_modulation
+
+    patch_embedding = linear_parameters(config.in_dim * patch_volume, width)
+    text_embedding = linear_parameters(config.text_dim, width) + linear_parameters(width, width)
+    time_embedding = linear_parameters(config.freq_dim, width) + linear_parameters(width, width)
+    time_projection = linear_parameters(width, 6 * width)
+    head_modulation = 2 * width
+    head = linear_parameters(width, config.out_dim * patch_volume) + head_modulation
+    embeddings = patch_embedding + text_embedding + time_embedding + time_projection
+    return embeddings + config.num_layers * block + head
+
+
+def text_key_value_flops(config: DiTConfig) -> int:
+    """Keys and values of the text, in one block's cross-attention."""
+    return 2 * linear_flops(config.text_len, config.dim, config.dim)
 
 
 def block_flops(config: DiTConfig, tokens: int) -> tuple[int, int]:
     """Forward of one block: (linear layers, attention products)."""
-    c, text = config.dim, config.text_len
-    linear = 8 * tokens * c * c + 4 * tokens * c * c + 4 * text * c * c + 4 * tokens * c * config.ffn_dim
-    return linear, 4 * tokens * tokens * c + 4 * tokens * text * c
+    width = config.dim
+    self_attention = 4 * linear_flops(tokens, width, width)  # q, k, v, o
+    cross_attention = 2 * linear_flops(tokens, width, width) + text_key_value_flops(config)  # q, o; k, v
+    feed_forward = linear_flops(tokens, width, config.ffn_dim) + linear_flops(tokens, config.ffn_dim, width)
+    linear = self_attention + cross_attention + feed_forward
+    attention = attention_flops(config, tokens, tokens) + attention_flops(config, tokens, config.text_len)
+    return linear, attention
+
+
+def patch_embedding_flops(config: DiTConfig, tokens: int) -> int:
+    """The patch of each token to its vector."""
+    return linear_flops(tokens, config.in_dim * math.prod(config.patch_size), config.dim)
 
 
 def edge_flops(config: DiTConfig, tokens: int) -> int:
     """What every forward does before its first block: patches, text and time embedding."""
-    c, patch = config.dim, config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    text = 2 * config.text_len * c * (config.text_dim + c)
-    return 2 * tokens * config.in_dim * patch * c + text + 2 * c * (config.freq_dim + c + 6 * c)
+    width = config.dim
+    text = linear_flops(config.text_len, config.text_dim, width) + linear_flops(config.text_len, width, width)
+    time_embedding = linear_flops(1, config.freq_dim, width) + linear_flops(1, width, width)
+    time_projection = linear_flops(1, width, 6 * width)
+    return patch_embedding_flops(config, tokens) + text + time_embedding + time_projection
+
+
+def qk_flops(config: DiTConfig, tokens: int) -> int:
+    """Queries and keys of a block's self-attention."""
+    return 2 * linear_flops(tokens, config.dim, config.dim)
+
+
+def head_flops(config: DiTConfig, tokens: int) -> int:
+    """The vector of each token to its patch of the velocity."""
+    return linear_flops(tokens, config.dim, config.out_dim * math.prod(config.patch_size))
 
 
 def forward_flops(config: DiTConfig, tokens: int, qk_block: int | None = None) -> int:
     """One forward pass, whole or stopped at q and k of a block."""
-    blocks = config.num_layers if qk_block is None else qk_block
-    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    end = 2 * tokens * config.dim * (config.out_dim * patch if qk_block is None else 2 * config.dim)
-    return edge_flops(config, tokens) + blocks * sum(block_flops(config, tokens)) + end
+    linear, attention = block_flops(config, tokens)
+    if qk_block is None:
+        return edge_flops(config, tokens) + config.num_layers * (linear + attention) + head_flops(config, tokens)
+    return edge_flops(config, tokens) + qk_block * (linear + attention) + qk_flops(config, tokens)
 
 
 def gradient_flops(config: DiTConfig, tokens: int, qk_block: int, recompute: str = "none") -> int:
@@ -50,22 +103,8 @@ def gradient_flops(config: DiTConfig, tokens: int, qk_block: int, recompute: str
     (2.5 times). The text's key and value layers depend on no latent and need none. recompute: see dit.RECOMPUTE.
     """
     linear, attention = block_flops(config, tokens)
-    text = 4 * config.text_len * config.dim * config.dim
-    patch = config.patch_size[0] * config.patch_size[1] * config.patch_size[2]
-    ends = 2 * tokens * config.dim * (config.in_dim * patch + 2 * config.dim)
-    backward = qk_block * (linear - text + 5 * attention // 2) + ends
-    again = qk_block * {"none": 0, "selective": linear, "block": linear + attention}[recompute]
-    return forward_flops(config, tokens, qk_block) + backward + again
-
-
-def activation_bytes(config: DiTConfig, tokens: int, qk_block: int, width: int, recompute: str = "none") -> int:
-    """What autograd keeps between forward and backward of a gradient; width: bytes of a weight, 2 or 4.
-
-    Where blocks are recomputed, their inputs, the kept outputs of both attentions (with a float32 sum for each token
-    and head), and, during its own backward, all of one block.
-    """
-    block = int(tokens * (SAVED_BYTES[width] * config.dim + width * config.ffn_dim))
-    if recompute == "none":
-        return block * qk_block
-    kept = 2 * tokens * (width * config.dim + 4 * config.num_heads) if recompute == "selective" else 0
-    return block + qk_block * (4 * tokens * config.dim + kept)
+    block_backward = linear - text_key_value_flops(config) + 5 * attention // 2
+    edges_backward = patch_embedding_flops(config, tokens) + qk_flops(config, tokens)
+    block_recomputed = {"none": 0, "selective": linear, "block": linear + attention}[recompute]
+    forward = forward_flops(config, tokens, qk_block)
+    return forward + qk_block * (block_backward + block_recomputed) + edges_backward

@@ -1,69 +1,115 @@
-"""The command line of every program: arguments, options, errors in one line."""
+"""The command line of every program: arguments, options by name, errors in one line."""
 
 import argparse
 import sys
-from collections.abc import Callable
-from dataclasses import fields
-from typing import Any
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from types import NoneType
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import torch
+
+from wan_mini.errors import UserError
+
+Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that complains in one line."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
 
-def height_width(text: str) -> tuple[int, int]:
-    """Parse "480x832", height first, for argparse."""
-    try:
-        height, width = (int(number) for number in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"size must be HEIGHTxWIDTH such as 480x832, got {text}") from None
-    return height, width
+def add_common_flags(parser: argparse.ArgumentParser, version: str) -> None:
+    """Add --version and --traceback, which every program has."""
+    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 
 
-def parse_options(base: Any, texts: list[str], flag: str = "--set") -> dict[str, Any]:
-    """Parse NAME=VALUE for fields of a dataclass, each with the type of its value in `base`; tuples as 3,4.
+def field_names(config: Any) -> list[str]:
+    """Names of a dataclass's fields, in their order."""
+    return [field.name for field in fields(config)]
 
-    Raises ValueError, which names the flag, on an unknown name or a value of another type.
+
+def with_options(config: Config, options: Mapping[str, Any], source: str) -> Config:
+    """A copy of a dataclass with values from the command line or from JSON; texts and lists take the fields' types.
+
+    Raises UserError, which begins with the source, on a name that is no field or a value of another type.
     """
-    knobs = {}
-    names = [f.name for f in fields(base)]
-    for text in texts:
-        name, _, value = text.partition("=")
-        if name not in names or not value:
-            raise ValueError(f"{flag} needs NAME=VALUE with one of {', '.join(names)}, got {text}")
-        default = getattr(base, name)
+    hints = get_type_hints(type(config))
+    values = {}
+    for name, value in options.items():
+        if name not in hints:
+            raise UserError(f"{source} needs one of {', '.join(hints)}, got {name}")
         try:
-            if isinstance(default, tuple):
-                knobs[name] = tuple(type(n)(part) for n, part in zip(default, value.split(","), strict=True))
-            else:
-                knobs[name] = int(value) if default is None else type(default)(value)
-        except ValueError:
-            raise ValueError(f"{flag} {name} needs a value like {default}, got {value}") from None
-    return knobs
+            values[name] = _convert(value, hints[name])
+        except (ValueError, TypeError):
+            example = getattr(config, name)
+            raise UserError(f"{source} {name} needs a value like {example}, got {value}") from None
+    return replace(config, **values)  # type: ignore[type-var]
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """One value as its type: "3,4" or [3, 4] for a tuple, "none" or None where None is allowed."""
+    kinds = get_args(hint)
+    if NoneType in kinds:
+        if value in (None, "none", "None"):
+            return None
+        (hint,) = (kind for kind in kinds if kind is not NoneType)
+    if getattr(hint, "__origin__", None) is tuple:
+        return _convert_tuple(value, get_args(hint))
+    if hint is int and isinstance(value, float):
+        raise ValueError(value)
+    if hint is str and not isinstance(value, str):
+        raise TypeError(value)
+    return hint(value)
+
+
+def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
+    parts = value.split(",") if isinstance(value, str) else value
+    return tuple(_convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
+
+
+def parse_pairs(texts: list[str], flag: str = "--set") -> dict[str, str]:
+    """["tau=3", "tile=2,5"] -> {"tau": "3", "tile": "2,5"}. Raises UserError on anything else."""
+    pairs = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not name or not separator:
+            raise UserError(f"{flag} needs NAME=VALUE, got {text}")
+        pairs[name] = value
+    return pairs
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call a program's main: exit code 0, or 2 with one line on stderr for what its user can mend."""
+    """Call a program's main. Returns the exit code: 0, or 2 with one line on stderr for what its user can mend."""
+    show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)
-    except (ValueError, OSError, FloatingPointError) as problem:
-        print("error:", " ".join(str(problem).split("\n")), file=sys.stderr)
-        return 2
-    except RuntimeError as problem:
-        if "BackendCompilerFailed" in {kind.__name__ for kind in type(problem).__mro__}:
-            why = " ".join(str(problem).splitlines()[:2])
-            print(f"error: cannot compile here, run without --compile ({why})", file=sys.stderr)
-            return 2
-        if not isinstance(problem, torch.OutOfMemoryError) and "can't allocate memory" not in str(problem):
-            raise  # a bug, whose traceback is wanted
-        print(f"error: out of memory, try --offload or a smaller clip ({str(problem).split('. ')[0]})", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+        message = _one_line(error)
+        if message is None:
+            raise  # a bug, whose traceback is wanted
+        if show_traceback:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _one_line(error: Exception) -> str | None:
+    """What to tell the user, or None if the error is a bug."""
+    text = " ".join(str(error).split("\n"))
+    if not isinstance(error, RuntimeError):
+        return text
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return f"out of memory, try --offload or a smaller clip ({text.split('. ')[0]})"
+    kinds = [kind.__name__ for kind in type(error).__mro__]
+    if "BackendCompilerFailed" in kinds:  # torch._dynamo's class, which is imported only when something is compiled
+        return f"cannot compile here, run without --compile ({' '.join(str(error).splitlines()[:2])})"
+    return None

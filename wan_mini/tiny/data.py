@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from hashlib import sha256
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from numpy.random import Generator
 from torch import Tensor
 from tqdm import tqdm
 
-from wan_mini.runs.provenance import sha256_file
 from wan_mini.tiny import world
 from wan_mini.tiny.loop import Job, replace_file
 from wan_mini.tiny.world import FRAMES, Clip, make_clip
@@ -34,7 +34,8 @@ def cached(
     Also returns the captions. Shards that are there, from the world as it is, are not made again. Raises SystemExit
     when the time is over.
     """
-    folder = job.work / f"{name}-{sha256_file(Path(world.__file__))[:8]}"
+    sources = b"".join(path.read_bytes() for path in sorted(Path(world.__file__).parent.glob("*.py")))
+    folder = job.work / f"{name}-{sha256(sources).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     ranges = [range(at, min(at + SHARD, clips)) for at in range(0, clips, SHARD)]
     files = {seeds: folder / f"{seeds.start:06}-{seeds.stop:06}.npy" for seeds in ranges}

@@ -18,8 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from wan_mini.device.select import has_amx, pick_dtype
-from wan_mini.runs.provenance import sha256_file
+from wan_mini.device.select import has_fast_bfloat16
+from wan_mini.hashes import sha256_file
 from wan_mini.tiny.muon import Muon, split_parameters
 
 SAVE_EVERY = 300  # seconds
@@ -125,7 +125,7 @@ class Training:
         Raises SystemExit at the deadline, FloatingPointError on NaN.
         """
         job, steps, clock = self.job, self.job.recipe.steps, time.monotonic()
-        fast = pick_dtype(job.device) == torch.bfloat16 or has_amx(job.device)
+        fast = has_fast_bfloat16(job.device)
         with tqdm(initial=len(self.losses), total=steps, desc=self.name, unit="step") as bar:
             while (number := len(self.losses)) < steps:
                 with torch.autocast(job.device.type, torch.bfloat16, enabled=fast):

@@ -4,49 +4,8 @@ Large video models' queries and keys follow motion though nobody asked them to: 
 one did not learn it from flow matching alone. The world knows the true matches, so it can be asked to.
 """
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
 from torch import Tensor
-
-from wan_mini.tiny.world import FRAMES, HEIGHT, WIDTH, Pose, in_frame, set_stage, topmost
-
-TOKEN = 16  # pixels: an 8 times smaller latent, patches of 2
-GRID = (1 + (FRAMES - 1) // 4, HEIGHT // TOKEN, WIDTH // TOKEN)  # (9, 8, 12)
-LATENT_FRAMES = [range(1), *(range(at, at + 4) for at in range(1, FRAMES, 4))]  # the frames of each latent frame
-
-
-def middles(side: int) -> np.ndarray:
-    """The middles of the squares, so many pixels wide, of which a frame consists: complex, (rows, columns)."""
-    rows, columns = HEIGHT // side, WIDTH // side
-    return side * (np.arange(columns) + 1j * np.arange(rows)[:, None]) + (1 + 1j) * (side - 1) / 2
-
-
-def middle_frames(times: Sequence[Sequence[int]]) -> np.ndarray:
-    """One frame for each latent frame, given all of its frames: the middle one, of four the second."""
-    return np.array([frames[(len(frames) - 1) // 2] for frames in times])
-
-
-def true_places(seed: int, kind: str | None = None, split: str = "train") -> np.ndarray:
-    """Where what each token of a clip shows at its middle is in each latent frame: the world's exact motion flow.
-
-    -> (F,S,F,2) float32, absolute rows and columns in tokens, from frame and token to frame; NaN where it is out of
-    the frame or behind another sprite. A latent frame stands for its middle frame.
-    """
-    stage = set_stage(seed, kind, split)
-    frames, times = GRID[0], middle_frames(LATENT_FRAMES)
-    middle = middles(TOKEN).flatten()  # (S,)
-    z = np.broadcast_to(middle, (frames, len(middle)))[:, :, None]  # (F,S,1)
-    owner = topmost(stage.sprites, z, times[:, None, None])  # (F,S,1): of the place where it starts
-    found = np.broadcast_to(z, (frames, len(middle), frames)).copy()  # (F,S,F): the ground under a resting camera rests
-    for layer, pose in enumerate([stage.camera, *(sprite.pose for sprite in stage.sprites)], -1):
-        if pose is not None:
-            start, end = pose.at(times), Pose(pose.turn[times], pose.shift[times])  # (F,1,1), (F,)
-            found = np.where(owner == layer, end(start.inverse(z)), found)
-    hidden = topmost(stage.sprites, found, times) > owner
-    found[hidden | ~in_frame(found)] = complex(np.nan, np.nan)
-    return ((np.stack([found.imag, found.real], axis=-1) + 0.5) / TOKEN - 0.5).astype(np.float32)
 
 
 def matching_loss(q: Tensor, k: Tensor, places: Tensor, grid: tuple[int, int, int], tau: float) -> Tensor:

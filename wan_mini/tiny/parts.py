@@ -12,8 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan_mini.tiny.matching import TOKEN, middles
-from wan_mini.tiny.world import BAR, COLORS, SHAPES, set_stage
+from wan_mini.tiny.world import BAR, COLORS, SHAPES, TOKEN, patch_centers, plan_clip
 
 FIGURES = (*SHAPES.values(), BAR)  # what a token may show a part of: numbers 1, 2, ...; 0 is nothing
 RANGE = 1.35  # how far a figure's tips reach, in its size: tokens within that of its center belong to it
@@ -28,9 +27,9 @@ def true_parts(seed: int, times: Sequence[int], split: str = "train") -> np.ndar
     the token's middle to that center, right and down, in the figure's size; that size in tokens. Numbers begin at 1;
     all are 0 where no figure is within RANGE.
     """
-    times, middle = np.array(times), middles(TOKEN).flatten()  # (T,), (S,)
+    times, middle = np.array(times), patch_centers(TOKEN).flatten()  # (T,), (S,)
     parts, nearest = np.zeros((len(times), len(middle), 5), np.float32), np.full((len(times), len(middle)), RANGE)
-    for sprite in set_stage(seed, split=split).sprites:
+    for sprite in plan_clip(seed, split=split).motion.sprites:
         size = np.abs(sprite.pose.turn[times, None])  # (T,1)
         way = (sprite.pose.shift[times, None] - middle) / size  # (T,S)
         number = next(i for i, figure in enumerate(FIGURES, 1) if figure is sprite.shape)
@@ -47,12 +46,12 @@ def near_sprites(seed: int, times: Sequence[Sequence[int]], split: str = "train"
     times: the frames of each latent frame. A position does if its middle is on a sprite, or less than LATENT / 2 pixels
     from one.
     """
-    z, sprites = middles(LATENT), set_stage(seed, split=split).sprites  # (h,w)
+    z, sprites = patch_centers(LATENT), plan_clip(seed, split=split).motion.sprites  # (h,w)
     shows = np.zeros((len(times), *z.shape), bool)
     for frame, group in enumerate(times):
         for sprite in sprites:
-            pose = sprite.pose.at(np.array(group))  # (group,1,1)
-            shows[frame] |= (np.abs(pose.turn) * sprite.shape.edge(pose.inverse(z)) < LATENT / 2).any(0)  # (h,w)
+            pose = sprite.pose.at(np.array(group)[:, None, None])  # (group,1,1)
+            shows[frame] |= (np.abs(pose.turn) * sprite.shape.distance(pose.invert(z)) < LATENT / 2).any(0)  # (h,w)
     return shows
 
 

@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -37,22 +37,22 @@ from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VA
 from wan_mini.device.select import pick_device
 from wan_mini.dit import WanDiT
 from wan_mini.generate import SAMPLING, generate
+from wan_mini.hashes import sha256_file
 from wan_mini.load import Wan, load_vae, load_wan, save_wan
 from wan_mini.pipeline import decode
 from wan_mini.runs.cli import Parser, run
-from wan_mini.runs.provenance import sha256_file
 from wan_mini.scheduler import FlowEuler, shift_sigma
 from wan_mini.tiny.data import SHARD, cached, crops, make_closeup, make_picture, to_videos
 from wan_mini.tiny.grammar import casual, grammar_tokenizer, token_table
 from wan_mini.tiny.loop import Job, Recipe, Training
-from wan_mini.tiny.matching import LATENT_FRAMES, matching_loss, middle_frames, true_places
+from wan_mini.tiny.matching import matching_loss
 from wan_mini.tiny.parts import near_sprites, parts_loss, reader, stream_after, true_parts
 from wan_mini.tiny.words import lexicon, spoken_pairs, word_reader, words_loss
-from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, WIDTH, make_clip
+from wan_mini.tiny.world import FRAMES, HEIGHT, KINDS, LATENT_FRAMES, WIDTH, make_clip, middle_frames, true_positions
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
-from wan_mini.video import from_model
+from wan_mini.video import to_uint8
 
 VAE_FILE = "Wan2.1_VAE.safetensors"  # as save_wan names it
 SHIFT, CFG, EMPTY = SAMPLING["tiny"]  # EMPTY stands in for a caption left out
@@ -160,10 +160,16 @@ def flow_loss(model: nn.ModuleDict, clean: Tensor, noise: Tensor, sigma: Tensor,
     ids = ids.to(clean.device)
     mask = (ids != 0).long()  # 0 is padding
     text = model["text"](ids, mask) * mask[..., None]  # rows at padding mean nothing: the DiT wants zeros there
-    matched = {} if truth.places is None else {"qk_block": MATCHING_BLOCK, "velocity": True}
-    with nullcontext() if truth.parts is None else stream_after(dit.blocks[MATCHING_BLOCK - 1]) as streams:
-        out = dit(noisy, 1000 * sigma, text, **matched)
-    velocity, *qk = out if matched else (out,)
+    qk: list[Tensor] = []
+    with ExitStack() as hooks:
+        streams = []
+        if truth.parts is not None:
+            streams = hooks.enter_context(stream_after(dit.blocks[MATCHING_BLOCK - 1]))
+        if truth.places is not None:
+            block = dit.blocks[MATCHING_BLOCK]
+            hook = block.register_forward_pre_hook(lambda _, args: qk.extend(block.qk(args[0], args[1], args[3])))
+            hooks.callback(hook.remove)
+        velocity = dit(noisy, 1000 * sigma, text)
     error = (velocity - (noise - clean)).square()
     if truth.sprites is not None:
         weight = 1 + (SPRITES_WEIGHT - 1) * (truth.sprites[:, None] & (level <= SPRITES_SIGMA))  # (B,1,F,h,w)
@@ -260,7 +266,7 @@ def unseen_clips() -> np.ndarray:
 def restore(vae: WanVAE, frames: np.ndarray) -> np.ndarray:
     """Clips (n,T,H,W,3) uint8 through encoder and decoder."""
     videos = vae.decode(vae.encode(to_videos(frames, vae.conv1.weight.device)))
-    return np.stack([from_model(video[None]) for video in videos])
+    return np.stack([to_uint8(video[None]) for video in videos])
 
 
 def store_vae(training: Training) -> None:
@@ -381,7 +387,7 @@ def truth_of(name: str, sort: str, seed: int) -> Truth:
     """What a stage is told about one picture or clip; as in Truth, without the batch."""
     if name == "dit" or sort == "closeups":
         return Truth()
-    places = torch.from_numpy(true_places(seed)) if sort == "clips" else None
+    places = torch.from_numpy(true_positions(seed)) if sort == "clips" else None
     if name == "motion":
         return Truth(places)
     times = LATENT_FRAMES if sort == "clips" else [[seed % FRAMES]]  # as make_picture

@@ -1,0 +1,35 @@
+# The checks, one word each. In an environment with requirements-dev.txt; another interpreter: make test PYTHON=python3.12
+PYTHON ?= python
+
+.DEFAULT_GOAL := help
+.PHONY: help install test quick lint format notebooks bench ci
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
+
+install:  ## what the checks need
+	$(PYTHON) -m pip install -r requirements-dev.txt
+
+test:  ## the whole suite
+	$(PYTHON) -m pytest -q
+
+quick:  ## the suite without what takes more than 30 seconds
+	$(PYTHON) -m pytest -q -m "not slow"
+
+lint:  ## linter, formatter, types; changes nothing
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format:  ## let ruff mend what it can
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+notebooks:  ## run every notebook and keep no output
+	$(PYTHON) notebooks/run.py --check
+
+bench:  ## every benchmark of this machine's device
+	$(PYTHON) -m benchmarks
+
+ci:  ## all of it in a fresh environment, as CI does
+	.ci/run

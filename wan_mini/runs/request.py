@@ -1,0 +1,190 @@
+"""From the command line to a request: the flags of every motion-transfer method, and the run that they ask for.
+
+A method comes as callables and a dataclass of options (`Method`). This file never looks into the options, except for
+those of sampling, which every method shares.
+"""
+
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wan_mini.config import ClipConfig, valid_frames, valid_size
+from wan_mini.device.memory import Gradient, MemoryPlan, choose_plan
+from wan_mini.device.offload import OFFLOAD
+from wan_mini.device.select import DTYPES
+from wan_mini.dit import WanDiT
+from wan_mini.errors import UserError, check_range
+from wan_mini.pipeline import SamplingConfig, Transfer
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
+from wan_mini.runs.folder import check_new_folder, read_preset
+from wan_mini.runs.provenance import package_version
+from wan_mini.tiny import demo
+
+FLAG_OPTIONS = ("amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
+
+
+@dataclass(frozen=True)
+class Method:
+    """A motion-transfer method as its command line needs it."""
+
+    prog: str  # "fastvmt.py"
+    config: SamplingConfig  # its options, at their defaults
+    transfer: Callable[..., Transfer]  # as fastvmt.transfer
+    gradient: Callable[[Any], Gradient | None]  # of these options: one gradient of the guidance, or None without any
+    costs: Callable[[Any, WanDiT, tuple[int, int, int]], list[str]]  # what the guidance costs, in lines for --dry-run
+    unguided: Callable[[Any], Any]  # the options without guidance
+
+
+@dataclass(frozen=True)
+class Request:
+    """One transfer as the command line asks for it."""
+
+    model: Path
+    ref: Path
+    prompt: str
+    seed: int
+    clip: ClipConfig
+    config: SamplingConfig
+    device: torch.device
+    dtype: torch.dtype
+    offload: str  # one of offload.OFFLOAD
+    recompute: str | None  # one of dit.RECOMPUTE; None: the least that fits
+    compile: bool
+    folder: Path
+    png: bool
+    unguided: bool  # show the same seed without guidance too
+
+
+def build_parser(method: Method) -> Parser:
+    """The flags; their defaults are the method's and ClipConfig's."""
+    config: Any = method.config
+    clip = ClipConfig()
+    summary = "Generate a video that shows a prompt with the motion of a reference clip."
+    parser = Parser(prog=method.prog, description=summary)
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
+    model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
+    text = "keep only the part at work on the device, or of its blocks only those at work (none; without a word: parts)"
+    model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=text)
+    model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
+    model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
+    content = parser.add_argument_group("clip and prompt")
+    content.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
+    content.add_argument("--prompt", help=f'what the new video shows ("{demo.target_scene().caption}")')
+    content.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
+    content.add_argument("--frames", type=int, help=f"4k+1, at {clip.fps:g} a second ({clip.frames}; tiny 33)")
+    content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
+    content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
+    content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    options = parser.add_argument_group("method")
+    options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
+    options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
+    options.add_argument("--steps", type=int, help=f"denoising steps ({config.steps}; tiny 25)")
+    names = ", ".join([*field_names(clip), *field_names(config)])
+    text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"
+    options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    output.add_argument("--png", action="store_true", help="write the frames as PNG too")
+    output.add_argument("--unguided", action="store_true", help="show the same seed without guidance too")
+    output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
+    output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
+    add_common_flags(parser, f"fastvmt-mini {package_version()}")
+    return parser
+
+
+def load_preset(folder: Path | None, config: Any) -> tuple[ClipConfig, Any]:
+    """A checkpoint folder's own options (motion.json) in place of the defaults, where it has some.
+
+    Raises UserError on a file that holds anything else.
+    """
+    preset = read_preset(folder)
+    clip = with_options(ClipConfig(), preset.get("clip", {}), f"{folder}/motion.json: clip")
+    return clip, with_options(config, preset.get("motion", {}), f"{folder}/motion.json: motion")
+
+
+def apply_flags(args: Namespace, clip: ClipConfig, config: Any) -> tuple[ClipConfig, Any]:
+    """Both configs with what the command line changes. Sizes are rounded with a note."""
+    flags = {}
+    for name in FLAG_OPTIONS:
+        if getattr(args, name) is not None:
+            flags[name] = getattr(args, name)
+    options = parse_pairs(args.set)
+    twice = sorted(flags.keys() & options.keys())
+    if twice:
+        raise UserError(f"{', '.join(twice)} given twice, by a flag and by --set: keep one")
+    of_clip: dict[str, Any] = {}
+    of_method: dict[str, Any] = {}
+    for name, value in (flags | options).items():
+        if name in field_names(clip):
+            of_clip[name] = value
+        elif name in field_names(config):
+            of_method[name] = value
+        else:
+            raise UserError(f"--set needs one of {', '.join([*field_names(clip), *field_names(config)])}, got {name}")
+    return round_sizes(with_options(clip, of_clip, "--set")), with_options(config, of_method, "--set")
+
+
+def round_sizes(clip: ClipConfig) -> ClipConfig:
+    """The nearest sizes that the model can have; a change is printed."""
+    height, width = valid_size((clip.height, clip.width))
+    check_range("frames", clip.frames, 5)  # two latent frames, or nothing moves
+    rounded = replace(clip, height=height, width=width, frames=valid_frames(clip.frames))
+    for name in ("height", "width", "frames"):
+        if getattr(rounded, name) != getattr(clip, name):
+            print(f"note: {name} {getattr(clip, name)} becomes {getattr(rounded, name)}")
+    return rounded
+
+
+def request_of(
+    args: Namespace,
+    clip: ClipConfig,
+    config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    plans: Callable[[], list[MemoryPlan]],
+) -> Request:
+    """The run that the command line asks for. Raises UserError on what cannot be run, before anything is loaded."""
+    offload = args.offload
+    recompute = None
+    if args.memory is not None:
+        if offload != "none":
+            raise UserError(f"--memory chooses what to offload, got --offload {offload} too: keep one")
+        plan = choose_plan(plans(), args.memory)
+        offload, recompute = plan.offload, plan.recompute
+        limit = f"at most {plan.peak:.1f} GB, to {plan.largest_stage}"
+        print(f"memory: --offload {offload}, recompute {recompute}; {limit}")
+    if args.compile and offload == "blocks":
+        raise UserError("--compile needs blocks that stay on the device, got --offload blocks (or --memory chose it)")
+    model, ref, prompt = args.model, args.ref, args.prompt
+    if model is None:
+        model = demo.CHECKPOINT
+        ref = demo.REFERENCE if ref is None else ref
+        prompt = demo.target_scene().caption if prompt is None else prompt
+    if ref is None or prompt is None:
+        raise UserError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
+    if not prompt.strip():
+        print("note: the prompt is empty, so the video shows whatever the model likes")
+    folder = args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S"))
+    return Request(
+        model=model,
+        ref=ref,
+        prompt=prompt,
+        seed=args.seed,
+        clip=clip,
+        config=config,
+        device=device,
+        dtype=dtype,
+        offload=offload,
+        recompute=recompute,
+        compile=args.compile,
+        folder=check_new_folder(folder),
+        png=args.png,
+        unguided=args.unguided or args.model is None,
+    )
