@@ -26,7 +26,7 @@ FOLDERS = {"dit": "transformer", "vae": "vae", "text_encoder": "text_encoder"}  
 def randomize(module: torch.nn.Module) -> torch.nn.Module:
     """Weights that are neither zero nor one anywhere, so that no two tensors can be exchanged unnoticed."""
     for name, parameter in module.named_parameters():
-        gain = parameter.ndim == 1 and name.endswith("weight") or name.endswith("gamma")
+        gain = (parameter.ndim == 1 and name.endswith("weight")) or name.endswith("gamma")
         parameter.data = torch.randn(parameter.shape) * 0.3 + gain
     return module.eval().requires_grad_(False)
 

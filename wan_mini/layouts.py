@@ -66,8 +66,8 @@ class Layout(NamedTuple):
     part: str
     naming: str
     marker: str
-    starts: dict[str, str] = {}
-    inner: dict[str, str] = {}
+    starts: dict[str, str]
+    inner: dict[str, str]
 
 
 # The first layout that matches counts. `patch_embedding` has the same name in both DiT layouts: Diffusers' comes first.
@@ -103,6 +103,8 @@ LAYOUTS = (
         "original",
         r"^((patch|text|time)_embedding|time_projection|head|blocks\.\d+\.(self_attn|cross_attn|modulation|ffn\.[02]))"
         r"(\.|$)",
+        starts={},
+        inner={},
     ),
     Layout(
         "vae",
@@ -127,7 +129,7 @@ LAYOUTS = (
             "mid_block.resnets.1": "middle.2",
         },
     ),
-    Layout("vae", "original", r"^(en|de)coder\.(conv1|head|middle|downsamples|upsamples)\."),
+    Layout("vae", "original", r"^(en|de)coder\.(conv1|head|middle|downsamples|upsamples)\.", {}, {}),
     Layout(
         "text_encoder",
         "Hugging Face",
@@ -148,7 +150,9 @@ LAYOUTS = (
             "layer.1.DenseReluDense.wo": "ffn.fc2",
         },
     ),
-    Layout("text_encoder", "original", r"^(token_embedding|blocks\.\d+\.(attn|pos_embedding|ffn\.(gate|fc[12])))\."),
+    Layout(
+        "text_encoder", "original", r"^(token_embedding|blocks\.\d+\.(attn|pos_embedding|ffn\.(gate|fc[12])))\.", {}, {}
+    ),
 )
 
 

@@ -56,9 +56,8 @@ def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
     blocks = 0
     while blocks < layers and f"encoder.downsamples.{blocks}.resample.1.weight" not in shapes:
         blocks += 1
-    widths = []
-    for first in range(0, layers, blocks + 1):
-        widths.append(shapes[f"encoder.downsamples.{first}.residual.2.weight"][0])
+    firsts = range(0, layers, blocks + 1)
+    widths = [shapes[f"encoder.downsamples.{first}.residual.2.weight"][0] for first in firsts]
     mean: Iterable[float] = WAN_MEAN
     std: Iterable[float] = WAN_STD
     for config in reversed(configs):  # so that the earlier one overrides the later
