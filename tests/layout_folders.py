@@ -139,7 +139,7 @@ def run(kind: str, module: torch.nn.Module) -> list[torch.Tensor]:
         latents = module.encode(*inputs(kind))
         return [latents, module.decode(latents)]
     output = module(*inputs(kind))
-    return [output if kind == "dit" else output * inputs(kind)[1][..., None]]  # what T5 says of padding is free
+    return [output if kind == "dit" else output * inputs(kind)[1][..., None]]  # T5 may output anything at padding
 
 
 @torch.no_grad()

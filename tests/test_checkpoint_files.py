@@ -1,4 +1,4 @@
-"""Checkpoint files: headers, configs beside them, and what is said of files that are broken, lost or twofold."""
+"""Checkpoint files: headers, configs beside them, and the errors for files that are broken, missing or there twice."""
 
 import json
 import shutil
@@ -55,8 +55,8 @@ def test_the_nearest_config_wins(folders, tmp_path):
     file.parent.mkdir()
     tensors = load_file(read_checkpoint(folders["comfy"]).parts["dit"].files[0])
     save_file(tensors, file)
-    for place, heads in ((tmp_path, 1), (file.parent, 7)):  # above the file, then beside it
-        (place / "config.json").write_text(json.dumps({"dim": 42, "num_heads": heads, "text_len": 8 * heads}))
+    for folder, heads in ((tmp_path, 1), (file.parent, 7)):  # above the file, then beside it
+        (folder / "config.json").write_text(json.dumps({"dim": 42, "num_heads": heads, "text_len": 8 * heads}))
         assert (load_one("dit", file).config.num_heads, load_one("dit", file).config.text_len) == (heads, 8 * heads)
     save_file(tensors, file, {"config": json.dumps({"dim": 42, "num_heads": 3})})  # and in it
     assert load_one("dit", file).config.num_heads == 3
@@ -76,9 +76,9 @@ def test_headers_are_read_once_in_a_run(layout, folders, monkeypatch):
     """A program builds weightless parts to estimate memory, and then loads: from the same headers."""
     opened = []
     monkeypatch.setattr(checkpoint, "read_header", lambda file: opened.append(file) or read_header(file))
-    found = read_checkpoint(folders[layout])
-    name, weightless = load.build_from_folder(found)
-    wan = load.load_wan(found, **FP32, hash_files=False)
+    headers = read_checkpoint(folders[layout])
+    name, weightless = load.build_from_folder(headers)
+    wan = load.load_wan(headers, **FP32, hash_files=False)
     assert opened and len(opened) == len(set(opened))
     assert name == wan.name and wan.folder == folders[layout]
     for kind in KINDS:

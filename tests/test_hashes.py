@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def copy(folders, tmp_path):
-    """copy(layout): a copy of a folder, whose files are an hour old."""
+    """A function, layout -> copy of its folder, whose files are an hour old."""
 
     def make(layout: str) -> Path:
         folder = Path(shutil.copytree(folders[layout], tmp_path / layout))
@@ -61,7 +62,7 @@ def test_hashes_are_those_of_the_files(layout, copy):
 class CountedSha256:
     """hashlib.sha256 that keeps the sizes of what it gets after its start."""
 
-    sizes: list[int] = []
+    sizes: ClassVar[list[int]] = []
     make = staticmethod(hashlib.sha256)
 
     def __init__(self, start: bytes = b"") -> None:

@@ -45,7 +45,7 @@ def test_rename_tables_turn_one_manifest_into_the_other(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes_tell_the_configuration(name):
+def test_published_shapes_give_the_configuration(name):
     shapes = manifest(name, "official")
     assert CONFIGS[detect(shapes).part](shapes, []) == PUBLISHED[name][1]
 

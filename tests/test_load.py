@@ -36,16 +36,16 @@ def test_outputs_equal_the_reference_implementation(kind, layout, folders, refer
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_gives_the_same_bits(layout, folders):
-    wanted, wan = load.load_wan(folders["diffusers"], **FP32), load.load_wan(folders[layout], **FP32)
+    expected, wan = load.load_wan(folders["diffusers"], **FP32), load.load_wan(folders[layout], **FP32)
     for kind in KINDS:
-        ours, theirs = getattr(wan, kind), getattr(wanted, kind)
+        ours, theirs = getattr(wan, kind), getattr(expected, kind)
         assert ours.config == theirs.config
         state = ours.state_dict()
         assert state.keys() == theirs.state_dict().keys()
         assert all(state[name].equal(tensor) for name, tensor in theirs.state_dict().items())
         assert all(a.equal(b) for a, b in zip(run(kind, ours), run(kind, theirs), strict=True))
         assert not ours.training and not any(p.requires_grad for p in ours.parameters())
-    assert wan.tokenizer.encode("ab a") == wanted.tokenizer.encode("ab a")
+    assert wan.tokenizer.encode("ab a") == expected.tokenizer.encode("ab a")
     assert wan.name == "custom"
 
 
@@ -72,25 +72,25 @@ def test_the_tiny_preset_is_recognized(tmp_path):
     assert (wan.vae.config, wan.text_encoder.config) == (TINY_VAE, TINY_UMT5)
 
 
-def test_bfloat16_spares_the_islands_and_the_vae(folders):
+def test_bfloat16_leaves_some_parameters_and_the_vae_in_float32(folders):
     wan = load.load_wan(folders["original"], device="cpu", dtype=torch.bfloat16)
-    island = re.compile(r"time_embedding|time_projection|modulation|norm|^head\.")
+    kept = re.compile(r"time_embedding|time_projection|modulation|norm|^head\.")
     for name, parameter in wan.dit.named_parameters():
-        assert parameter.dtype == (torch.float32 if island.search(name) else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if kept.search(name) else torch.bfloat16), name
     assert {p.dtype for p in wan.text_encoder.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in wan.vae.parameters()} == {torch.float32}
 
 
 def test_tied_embedding_may_have_either_name_or_both(folders, tmp_path):
     file = read_checkpoint(folders["comfy"]).parts["text_encoder"].files[0]
-    tensors, wanted = load_file(file), load_one("text_encoder", file).token_embedding.weight
+    tensors, expected = load_file(file), load_one("text_encoder", file).token_embedding.weight
     table = tensors.pop("shared.weight")
     for tables in (
         {"encoder.embed_tokens.weight": table},
         {"shared.weight": table, "encoder.embed_tokens.weight": table},
     ):
         save_file(tensors | {key: table.clone() for key in tables}, tmp_path / "t5.safetensors")
-        assert load_one("text_encoder", tmp_path).token_embedding.weight.equal(wanted)
+        assert load_one("text_encoder", tmp_path).token_embedding.weight.equal(expected)
     save_file(tensors | {"shared.weight": table, "encoder.embed_tokens.weight": table + 1}, tmp_path / "t5.safetensors")
     refuses("text_encoder", tmp_path, "shared.weight differs from another copy of token_embedding.weight")
 
@@ -190,7 +190,7 @@ def test_a_dtype_too_narrow_is_refused(broken):
 
 def test_a_lost_last_block_is_missed_because_the_config_counts_it(broken):
     file = broken("dit", lambda tensors: [tensors.pop(name) for name in list(tensors) if name.startswith("blocks.2.")])
-    assert len(load_one("dit", file).blocks) == 2  # nothing says there was a third
+    assert len(load_one("dit", file).blocks) == 2  # there is no sign of a third
     (file.parent / "config.json").write_text(json.dumps({"dim": 42, "num_heads": 3, "num_layers": 3}))
     refuses("dit", file, "27 tensors missing: blocks.2.modulation")
 

@@ -120,7 +120,7 @@ def test_ids_and_text_equal_the_tokenizers_package(proto, tmp_path, form, count)
     ours = Tokenizer.from_file(tmp_path / "tokenizer.json")
     texts = random_texts(count, seed=count + proto.trainer_spec.byte_fallback)
     ids = [truth.encode(text).ids for text in texts]
-    assert [text for text, expected in zip(texts, ids) if ours.encode(text) != expected] == []
+    assert [text for text, expected in zip(texts, ids, strict=True) if ours.encode(text) != expected] == []
     ids += [random.Random(seed).choices(range(truth.get_vocab_size()), k=8) for seed in range(100)]
     assert [row for row in ids if ours.decode(row) != truth.decode(row)] == []
     assert ours.pad_id == 0 and all(row[-1] == 1 for row in map(ours.encode, texts[:9]))

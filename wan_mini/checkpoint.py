@@ -37,7 +37,7 @@ class Part:
     """One part of the model as found on disk.
 
     tensors: of each file in the order of their bytes. names: {key in a file: our name}; a key that is not there
-    belongs to no weight. configs: all that may say what the shapes do not.
+    belongs to no weight. configs: all that may hold what shapes cannot show.
     """
 
     layout: Layout
@@ -91,10 +91,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors: dict[str, list[TensorHeader]] = {}
     configs: dict[str, Configs] = {}
     for file in files:
-        headers, config = read_header(file)
-        layout = detect(tensor.key for tensor in headers)
+        found, config = read_header(file)
+        layout = detect(tensor.key for tensor in found)
         if layout is not None:
-            tensors.setdefault(layout.part, []).extend(headers)
+            tensors.setdefault(layout.part, []).extend(found)
             configs.setdefault(layout.part, []).append(config)
     parts = {}
     for kind in tensors:
@@ -133,8 +133,8 @@ def index_tensors(part: Part) -> dict[str, TensorHeader]:
             fp16 = SOURCES[part.layout.part].comfy
             if 5120 in tensor.shape:
                 fp16 = fp16.replace("1.3B", "14B")
-            reason = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
-            raise UserError(f"{reason}, get {fp16} of {COMFY}")
+            got = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
+            raise UserError(f"{got}, get {fp16} of {COMFY}")
         name = part.names[tensor.key]
         other = index.setdefault(name, tensor)
         if other.file != tensor.file and {other.key, tensor.key} != TIED:

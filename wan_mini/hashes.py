@@ -54,7 +54,7 @@ class HashCache:
         """The hash of a file that has not changed since it was stored, or None."""
         size, changed = _version(file)
         entry = self.entries.get(str(file.absolute()))
-        if not isinstance(entry, list) or entry[:2] != [size, changed]:
+        if not isinstance(entry, list) or len(entry) != 3 or entry[:2] != [size, changed]:
             return None
         return str(entry[2])
 

@@ -47,7 +47,7 @@ def _describe_kind(checkpoint: Checkpoint, kind: str) -> str:
 
 
 def describe(part: Part) -> str:
-    """One part in one line: naming, dtypes, parameters, size, place. Raises UserError if it is incomplete."""
+    """One part in one line: naming, dtypes, parameters, size, location. Raises UserError if it is incomplete."""
     module = build_and_check(part)
     dtypes = "/".join(sorted({tensor.dtype for tensor in part.tensors if tensor.key in part.names}))
     parameters = sum(parameter.numel() for parameter in module.parameters())

@@ -5,8 +5,7 @@ Our names are the original's (Wan-Video/Wan2.1), so each other naming needs one 
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from types import MappingProxyType
+from collections.abc import Iterable
 from typing import NamedTuple
 
 PREFIX = r"^(model\.)?diffusion_model\."  # some single-file DiTs are cut out of a larger checkpoint
@@ -67,8 +66,8 @@ class Layout(NamedTuple):
     part: str
     naming: str
     marker: str
-    starts: Mapping[str, str] = MappingProxyType({})
-    inner: Mapping[str, str] = MappingProxyType({})
+    starts: dict[str, str]
+    inner: dict[str, str]
 
 
 # The first layout that matches counts. `patch_embedding` has the same name in both DiT layouts: Diffusers' comes first.
@@ -104,6 +103,8 @@ LAYOUTS = (
         "original",
         r"^((patch|text|time)_embedding|time_projection|head|blocks\.\d+\.(self_attn|cross_attn|modulation|ffn\.[02]))"
         r"(\.|$)",
+        starts={},
+        inner={},
     ),
     Layout(
         "vae",
@@ -128,7 +129,7 @@ LAYOUTS = (
             "mid_block.resnets.1": "middle.2",
         },
     ),
-    Layout("vae", "original", r"^(en|de)coder\.(conv1|head|middle|downsamples|upsamples)\."),
+    Layout("vae", "original", r"^(en|de)coder\.(conv1|head|middle|downsamples|upsamples)\.", {}, {}),
     Layout(
         "text_encoder",
         "Hugging Face",
@@ -149,7 +150,9 @@ LAYOUTS = (
             "layer.1.DenseReluDense.wo": "ffn.fc2",
         },
     ),
-    Layout("text_encoder", "original", r"^(token_embedding|blocks\.\d+\.(attn|pos_embedding|ffn\.(gate|fc[12])))\."),
+    Layout(
+        "text_encoder", "original", r"^(token_embedding|blocks\.\d+\.(attn|pos_embedding|ffn\.(gate|fc[12])))\.", {}, {}
+    ),
 )
 
 
@@ -167,13 +170,13 @@ def rename(layout: Layout, keys: Iterable[str]) -> dict[str, str]:
     names = {key: re.sub(PREFIX, "", key) for key in keys}
     if layout.naming == "original":
         return names
-    inner = dict(layout.inner) | _decoder_rows(names.values())
+    inner = layout.inner | _decoder_rows(names.values())
     for key, name in names.items():
         names[key] = _replace(name, layout.starts, inner)
     return names
 
 
-def _replace(name: str, starts: Mapping[str, str], inner: Mapping[str, str]) -> str:
+def _replace(name: str, starts: dict[str, str], inner: dict[str, str]) -> str:
     """Apply a table's rows to one name. What a row has put there is not replaced again."""
     start = _words(starts).match(name)
     if start is None:
@@ -182,7 +185,7 @@ def _replace(name: str, starts: Mapping[str, str], inner: Mapping[str, str]) -> 
     return starts[start[0]] + _words(inner).sub(lambda match: inner[match[0]], rest)
 
 
-def _words(rows: Mapping[str, str]) -> re.Pattern[str]:
+def _words(rows: dict[str, str]) -> re.Pattern[str]:
     """A pattern that finds the words of any row between dots, the longest first."""
     longest_first = sorted(rows, key=len, reverse=True)
     either = "|".join(map(re.escape, longest_first))
@@ -191,10 +194,10 @@ def _words(rows: Mapping[str, str]) -> re.Pattern[str]:
 
 def _decoder_rows(names: Iterable[str]) -> dict[str, str]:
     """Rows for the blocks of Diffusers' VAE decoder, {"up_blocks.1.resnets.0": "upsamples.4", ...}."""
-    matches = re.findall(r"\bup_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", "\n".join(names))
-    resnets = 1 + max((int(index) for _, kind, index in matches if kind == "resnets"), default=-1)
+    blocks = re.findall(r"\bup_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", "\n".join(names))
+    resnets = 1 + max((int(index) for _, kind, index in blocks if kind == "resnets"), default=-1)
     rows = {}
-    for stage, kind, index in matches:
+    for stage, kind, index in blocks:
         position = int(index) if kind == "resnets" else resnets  # the upsampling closes its stage
         number = decoder_block_number(int(stage), position, resnets)
         rows[f"up_blocks.{stage}.{kind}.{index}"] = f"upsamples.{number}"

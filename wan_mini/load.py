@@ -182,12 +182,13 @@ def find_tokenizer(path: Path) -> Path:
 
 def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
     """The headers of a folder, unless they are read already. Raises MissingFile if it is no folder."""
+    path = Path(folder.path if isinstance(folder, Checkpoint) else folder)
+    if not path.is_dir():
+        hint = f"{download_hint('dit')}, with its other files, and give their folder"
+        raise MissingFile(f"no folder {path}: {hint}")
     if isinstance(folder, Checkpoint):
         return folder
-    if not Path(folder).is_dir():
-        hint = f"{download_hint('dit')}, with its other files, and give their folder"
-        raise MissingFile(f"no folder {folder}: {hint}")
-    return read_checkpoint(folder)
+    return read_checkpoint(path)
 
 
 def _load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:

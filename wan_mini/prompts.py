@@ -82,7 +82,7 @@ def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offloa
 
 
 def _truncate(ids: list[int], limit: int) -> list[int]:
-    """At most `limit` ids, the last of them kept; says so if there are more."""
+    """At most `limit` ids, the last of them kept; prints a note if there are more."""
     if len(ids) <= limit:
         return ids
     print(f"note: the prompt has {len(ids)} tokens, the model reads {limit}: its end is cut off")

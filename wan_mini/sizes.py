@@ -1,6 +1,6 @@
-"""Sizes of a model's parts, from what a checkpoint says of them.
+"""Sizes of a model's parts, from the tensors and configs of a checkpoint.
 
-The shapes of its tensors say nearly all. A config that the checkpoint carries says the rest; without one it is as in
+Shapes of tensors give nearly all of them. A config that the checkpoint carries gives the rest; without one it is as in
 the official models.
 """
 
@@ -17,7 +17,7 @@ Configs = list[dict[str, Any]]  # contents of config files and headers; where tw
 
 
 def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
-    """Sizes of the DiT; shapes do not say the number of heads (official heads are 128 wide) and text_len.
+    """Sizes of the DiT, from shapes; but num_heads (official heads are 128 wide) and text_len from configs.
 
     Raises KeyError on a missing tensor, UserError if the number of heads is unknown.
     """
@@ -49,16 +49,15 @@ def dit_config(shapes: Shapes, configs: Configs) -> DiTConfig:
 
 
 def vae_config(shapes: Shapes, configs: Configs) -> VAEConfig:
-    """Sizes of the VAE; shapes do not say the latents' mean and std. Raises KeyError on a missing tensor."""
+    """Sizes of the VAE, from shapes; but mean and std from configs. Raises KeyError on a missing tensor."""
     dim = shapes["encoder.conv1.weight"][0]
     # A level of the encoder is its residual blocks and one downsampling, which only the last level lacks.
     layers = count_blocks(shapes, r"encoder\.downsamples\.(\d+)\.")
     blocks = 0
     while blocks < layers and f"encoder.downsamples.{blocks}.resample.1.weight" not in shapes:
         blocks += 1
-    widths = []
-    for first in range(0, layers, blocks + 1):
-        widths.append(shapes[f"encoder.downsamples.{first}.residual.2.weight"][0])
+    firsts = range(0, layers, blocks + 1)
+    widths = [shapes[f"encoder.downsamples.{first}.residual.2.weight"][0] for first in firsts]
     mean: Iterable[float] = WAN_MEAN
     std: Iterable[float] = WAN_STD
     for config in reversed(configs):  # so that the earlier one overrides the later
