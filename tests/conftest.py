@@ -14,7 +14,7 @@ from safetensors import safe_open
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import WanDiT
 from wan_mini.load import Wan, load_wan, save_wan
-from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
+from wan_mini.tiny.training.grammar import CHARACTERS, tokenizer_json
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 

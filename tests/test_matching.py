@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wan_mini.tiny.matching import matching_loss
+from wan_mini.tiny.training.matching import matching_loss, moving_tokens
 from wan_mini.tiny.world import GRID, true_positions
 from window import dense_amf
 
@@ -22,9 +22,9 @@ def test_the_loss_reads_the_softmax_of_the_flow():
     q, k = random_qk(grid)
     rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
     own, weights = torch.stack([rows, columns], -1).flatten(0, 1), []  # (S,2)
-    for place in own:
+    for position in own:
         positions = torch.full((1, 3, 20, 3, 2), torch.nan)
-        positions[0, i, u, j] = place
+        positions[0, i, u, j] = position
         weights.append((-2 * matching_loss(q, k, positions, grid, tau)).exp())  # one match, one of two halves
     weights = torch.stack(weights)
     assert weights.sum().item() == pytest.approx(1, abs=1e-5)
@@ -65,3 +65,11 @@ def test_gradients_reach_queries_and_keys():
     q, k = (torch.randn(1, GRID[0] * S, 2, 8, requires_grad=True) for _ in range(2))
     matching_loss(q, k, positions, GRID, 3.0).backward()
     assert q.grad.isfinite().all() and k.grad.isfinite().all() and q.grad.abs().sum() > 0 and k.grad.abs().sum() > 0
+
+
+def test_a_token_moves_by_more_than_the_distance():
+    """One token of two frames of 1 x 3; NaN is no motion."""
+    positions = torch.full((6, 2, 2), torch.nan)
+    positions[1] = torch.tensor([[0.0, 1.25], [0.3, 1.0]])
+    assert moving_tokens(positions, (2, 1, 3), 1 / 4).nonzero().tolist() == [[1, 1]]
+    assert not moving_tokens(positions, (2, 1, 3), 0.3).any()

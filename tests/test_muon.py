@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from wan_mini.tiny.muon import MOMENTUM, Muon, orthogonalized, split_parameters
+from wan_mini.tiny.training.muon import MOMENTUM, Muon, orthogonalized, split_parameters
 
 
 @pytest.mark.parametrize("shape", [(5, 5), (4, 9), (9, 4), (1, 6), (64, 64)])
@@ -35,6 +35,30 @@ def test_step_follows_the_formula():
         update = orthogonalized(ahead.reshape(6, 4)).reshape(6, 2, 1, 2)
         expected = expected - 0.1 * (6 / 4) ** 0.5 * update  # more outputs than inputs: a longer step
     assert torch.allclose(weight, expected, atol=1e-6)
+
+
+def test_products_in_bfloat16_turn_the_step_little():
+    gradient = torch.randn(24, 16)
+    steps = []
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = nn.Parameter(torch.zeros(24, 16))
+        weight.grad = gradient.clone()
+        Muon([weight], lr=0.1, dtype=dtype).step()
+        steps.append(weight.detach().flatten())
+    assert torch.cosine_similarity(*steps, dim=0) > 0.999 and not torch.equal(*steps)
+
+
+def test_weights_of_one_shape_do_not_mix():
+    gradients = torch.randn(3, 4, 6)
+    together, alone = [[nn.Parameter(torch.zeros(4, 6)) for _ in range(3)] for _ in range(2)]
+    for weights in (together, alone):
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient.clone()
+    Muon(together, lr=0.1).step()
+    for weight in alone:
+        Muon([weight], lr=0.1).step()
+    for one, other in zip(together, alone, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_a_weight_without_gradient_stays():

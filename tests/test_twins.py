@@ -25,7 +25,7 @@ from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import FlowEuler, FlowUniPC, shift_sigma
-from wan_mini.tiny.grammar import grammar_tokenizer, tokenizer_json
+from wan_mini.tiny.training.grammar import grammar_tokenizer, tokenizer_json
 from wan_mini.tiny.world import make_clip
 
 ROOT = Path(__file__).parent.parent

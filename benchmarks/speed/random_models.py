@@ -27,7 +27,7 @@ from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.load import Wan
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny import demo
-from wan_mini.tiny.grammar import CHARACTERS, tokenizer_json
+from wan_mini.tiny.training.grammar import CHARACTERS, tokenizer_json
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE

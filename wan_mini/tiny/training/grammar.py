@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wan_mini.tokenizer import MARK, Tokenizer
+from wan_mini.umt5 import UMT5Encoder
 
 SPECIAL = ("<pad>", "</s>", "<unk>")  # numbers 0, 1, 2 as in UMT5
 CHARACTERS = (MARK, *map(chr, range(33, 127)))  # printable ASCII; the mark is a space
@@ -52,3 +53,9 @@ def token_table(tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """(N,L) ids of the texts, padded with 0 to the longest."""
     rows = [torch.tensor(tokenizer.encode(text)) for text in texts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_id)
+
+
+def encode_text(encoder: UMT5Encoder, ids: Tensor) -> Tensor:
+    """Token ids (B,L), 0 for padding -> (B,L,C), zeros at padding, as the DiT expects them."""
+    mask = (ids != 0).long()
+    return encoder(ids, mask) * mask[..., None]

@@ -1,0 +1,95 @@
+"""Every number of the recipe, in one place."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step is trained on: items of a stream, how many frames of each, and to which size they are cut."""
+
+    stream: str
+    frames: int
+    items: int
+    height: int = 0  # of a crop in pixels, for the VAE; 0: whole frames
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Batches in rotation, one a step, until this share of all steps is done."""
+
+    until: float
+    batches: tuple[Batch, ...]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Fresh data in shards: each item is used `reuse` times on average, then new ones replace it."""
+
+    name: str
+    items: int  # in a shard
+    window: int  # shards that are drawn from at any time
+    reuse: float
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage is trained. Rates are Muon's for matrices, Adam's for the rest, Adam's for the text encoder."""
+
+    steps: int
+    streams: tuple[Stream, ...]
+    phases: tuple[Phase, ...]
+    muon_lr: float
+    adam_lr: float
+    text_lr: float = 0.0
+    warmup: int = 100  # steps
+    decay_from: float = 0.7  # share of the steps after which the rates fall linearly to zero
+    ema: float = 0.999
+    noise: float = 0.0  # VAE: latents get noise of 0 to this many standard deviations
+    captions: int = 3000  # DiT: of so many training scenes, the tokenizer is made
+    dropout: float = 0.1  # DiT: share of captions that are replaced by the empty prompt
+    matching: float = 0.0  # DiT: weight of the matching loss, the only auxiliary term; 0: none
+    matched: int = 2  # DiT: how many clips of a batch the matching loss is computed on, as it is slow
+    samples: int = 4  # clips that each save is judged by; for the DiT also four times as many pictures
+
+
+VAE = Recipe(
+    steps=6000,
+    streams=(Stream("frames", items=16, window=12, reuse=16),),  # clips of 17 frames, as pixels: several crops of each
+    phases=(
+        Phase(0.5, (Batch("frames", 1, 16, 64, 64),)),
+        Phase(0.95, (Batch("frames", 5, 8, 64, 64),)),
+        Phase(1.0, (Batch("frames", 9, 1),)),  # whole frames: the attention in the middle looks at all positions
+    ),
+    muon_lr=0.02,
+    adam_lr=3e-3,
+    decay_from=0.3,
+    noise=0.3,
+)
+
+_PICTURES = Batch("pictures", 1, 64)
+_SHORT = Batch("clips", 3, 16)
+_LONG = Batch("clips", 9, 6)
+DIT = Recipe(
+    steps=16000,
+    streams=(
+        Stream("pictures", items=256, window=24, reuse=3),  # latents of single frames
+        Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
+    ),
+    phases=(
+        Phase(0.08, (_PICTURES,)),
+        Phase(0.12, (_PICTURES, _SHORT)),
+        Phase(1.0, (_PICTURES, _LONG, _SHORT, _LONG)),
+    ),
+    muon_lr=0.02,
+    adam_lr=3e-3,
+    text_lr=2e-3,
+    matching=0.1,
+    samples=8,
+)
+
+BLOCK = 3  # of the matching loss: the block that the method reads
+TAU = 3.0  # of the matching loss: the temperature that the method reads it at
+EMPTY = ""  # the prompt that stands for none
+SHIFT = 3.0  # of the noise levels, in training and sampling
+CFG = 3.0  # guidance scale of the samples
