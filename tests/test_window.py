@@ -6,7 +6,7 @@ from naive import naive
 
 import window
 from benchmarks.speed.measure import logged_peak
-from window import dense_amf, frame_pairs, window_keys, tile_centers, windowed_amf
+from window import dense_amf, frame_pairs, tile_centers, window_keys, windowed_amf
 
 loops = naive("07_tiles_and_windows")
 

@@ -91,10 +91,10 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     tensors: dict[str, list[TensorHeader]] = {}
     configs: dict[str, Configs] = {}
     for file in files:
-        found, config = read_header(file)
-        layout = detect(tensor.key for tensor in found)
+        headers, config = read_header(file)
+        layout = detect(tensor.key for tensor in headers)
         if layout is not None:
-            tensors.setdefault(layout.part, []).extend(found)
+            tensors.setdefault(layout.part, []).extend(headers)
             configs.setdefault(layout.part, []).append(config)
     parts = {}
     for kind in tensors:

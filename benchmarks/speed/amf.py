@@ -28,11 +28,11 @@ from window import (
     dense_amf,
     frame_pairs,
     logit_features,
-    window_keys,
     raster_slot,
     tile_centers,
     tile_tokens,
     token_coords,
+    window_keys,
     windowed_amf,
 )
 
