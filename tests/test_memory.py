@@ -1,5 +1,6 @@
 """Memory that is predicted, beside memory that is used."""
 
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -144,8 +144,8 @@ def sample(wan: Wan, prompts: list[str], frames: int, steps: int, dtype: torch.d
 def matching_shares(dit: WanDiT, latents: Tensor, positions: Tensor) -> dict[str, list[float]]:
     """For each noise level and block: the share of moving tokens whose dense argmax is within a token of the truth.
 
-    latents (B,16,F,h,w), positions (B,F,S,F,2) absolute in tokens, NaN where hidden. A token moves if it
-    is more than one token away, so that attention to its own position scores 0. Prompts are empty: all zeros.
+    latents (B,16,F,h,w), positions (B,F,S,F,2) absolute in tokens, NaN where hidden. A token moves towards a frame if
+    it is more than one token away there, so that attention to its own position scores 0. Prompts are empty: all zeros.
     """
     grid = dit.grid(latents)
     noise = normal(np.random.default_rng(1), latents)

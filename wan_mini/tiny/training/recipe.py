@@ -45,12 +45,13 @@ class Recipe:
     warmup: int = 100  # steps
     decay_from: float = 0.7  # share of the steps after which the rates fall linearly to zero
     ema: float = 0.999
+    statistics: int = 64  # VAE: training clips that the latents' mean and std are measured on
     noise: float = 0.0  # VAE: latents get noise of 0 to this many standard deviations
     captions: int = 3000  # DiT: of so many training scenes, the tokenizer is made
     dropout: float = 0.1  # DiT: share of captions that are replaced by the empty prompt
     matching: float = 0.0  # DiT: weight of the matching loss, the only auxiliary term; 0: none
     matched: int = 2  # DiT: how many clips of a batch the matching loss is computed on, as it is slow
-    samples: int = 4  # clips that each save is judged by; for the DiT also four times as many pictures
+    samples: int = 4  # clips that each save is judged by; DiT: also 4 times as many pictures; VAE: 3 times at its end
 
 
 VAE = Recipe(

@@ -153,7 +153,7 @@ def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> None:
     """Round the weights to float16, measure the latents of training clips, and write the file and its figures."""
     vae = vae.half().float()
     latents = []
-    for seed in range(16 * recipe.samples):
+    for seed in range(recipe.statistics):
         video = to_videos(make_clip(seed).frames[None], job.device)
         latents.append(fast_vae.encode(vae, video, job.dtype).cpu().numpy())
     stacked = np.concatenate(latents)  # (n,16,F,h,w)
