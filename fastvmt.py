@@ -41,7 +41,7 @@ from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 @dataclass(frozen=True)
 class MotionConfig(SamplingConfig):
-    """The options of a transfer, beside those of sampling. Sec. and Eq. are the paper's; "release" is its code."""
+    """The options of a transfer, with those of sampling. Sec., Eq.: the paper's; "release": its code at 34a050b."""
 
     amf: str = "windowed"  # "windowed" (FastVMT), "dense" (all pairs of tokens), "none" (no guidance)
     guidance_fraction: float = 0.2  # share of the steps, from the first, that is guided (Sec. 4.1)
@@ -49,7 +49,7 @@ class MotionConfig(SamplingConfig):
     interval: int = 3  # updates per gradient (Eq. 9; release: 3)
     lr: tuple[float, float] = (0.003, 0.002)  # AdamW's rate at the first and at the last update (Sec. 4.1)
     block: int | None = None  # whose queries and keys are read; None: the middle one, 14 of 30 (Fig. 7, "15th block")
-    tau: float = 2.0  # factor of the heads' mean logits (DiTFlow's; the release's belongs to other logits)
+    tau: float = 2.0  # factor of the heads' mean logits (as DiTFlow, arXiv 2412.07776; the release scales other logits)
     tile: tuple[int, int] = (3, 4)  # tokens, rows and columns (release)
     window: int = 21  # tokens, side of the square window (release)
     span: int = 4  # largest distance of a frame pair (release, corrected: there the largest is 3)
@@ -57,8 +57,8 @@ class MotionConfig(SamplingConfig):
     weights: tuple[float, float] = (5.0, 1.0)  # of the AMF loss and the window loss (Eq. 8)
     # Ablations. Windows lie around the matches of the reference, "clean" or "noised", or of each video itself: "self",
     # anew at each gradient (release). The target is the flow of the reference, "noised" as the latents are (Sec. 4.1,
-    # release) or "clean", once per run (Sec. 3.2). A tile's match is the best one, "argmax" (Eq. 4), or a mean over
-    # the frame, "soft" (Eq. 2; release).
+    # release) or "clean", once per run (Sec. 3.2); then "noised" windows are the clean ones. A tile's match is the best
+    # one, "argmax" (Eq. 4), or a mean over the frame, "soft" (Eq. 2; release).
     window_anchor: str = "clean"
     reference: str = "noised"
     centroid: str = "argmax"
@@ -96,7 +96,7 @@ class MotionConfig(SamplingConfig):
 
 
 class Target(NamedTuple):
-    """What the latents shall match."""
+    """What the latents must match."""
 
     flow: Tensor  # (pairs,S,2) in tokens
     centers: Tensor | None  # (pairs,tiles,2) of both videos' windows; None: each video's own, or no windows
@@ -276,7 +276,7 @@ def transfer(
     return result
 
 
-@cache  # so that choose_recompute runs each gradient once
+@cache  # equal options give the same function, by which gradient_bytes knows what it has counted
 def gradient_of(config: MotionConfig) -> Gradient | None:
     """One gradient of the guidance as far as memory is concerned, None without guidance."""
 
@@ -312,7 +312,7 @@ def method() -> Method:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after an error that its user can mend."""
+    """Run the command line; returns the exit code: 0, 2 after an error that its user can mend, 130 after Ctrl-C."""
     return run(partial(program, method()), argv)
 
 

@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {  # what each changes in the checkpoint's 
     "noised": {"reference": "noised"},
     "dense_noised": {"amf": "dense", "reference": "noised"},
     "dense1": {"amf": "dense", "interval": 1},
-    "noised_anchor": {"window_anchor": "noised"},
+    "noised_anchor": {"window_anchor": "noised", "reference": "noised"},
     "self_anchor": {"window_anchor": "self"},
     "self_anchor_soft": {"window_anchor": "self", "centroid": "soft"},
 }

@@ -141,6 +141,34 @@ def test_a_bug_is_not_hidden():
         run(lambda argv: torch.ones(2) @ torch.ones(3))
 
 
+def test_latents_decode_beside_themselves(folder, tmp_path):
+    """As after a run that failed to decode: the same --out, the latents there, the video not."""
+    flags = [
+        "--model",
+        str(folder),
+        "--height",
+        "64",
+        "--width",
+        "96",
+        "--frames",
+        "5",
+        "--steps",
+        "1",
+        "--device",
+        "cpu",
+    ]
+    out = tmp_path / "clip.webp"
+    for dtype in ("float32", "bfloat16"):
+        assert run(program, [*flags, "--prompt", "a cat", "--out", str(out), "--dtype", dtype]) == 0
+        frames = read_video(out)
+        out.unlink()
+        again = ["--model", str(folder), "--decode", str(out.with_suffix(".safetensors")), "--out", str(out)]
+        assert run(program, [*again, "--device", "cpu"]) == 0
+        assert np.array_equal(read_video(out), frames)  # in the dtype of the run
+        out.unlink()
+        out.with_suffix(".safetensors").unlink()
+
+
 def test_a_bug_shows_where_it_is():
     """A ValueError that is no UserError is a bug."""
     with pytest.raises(ValueError, match="bug"):

@@ -1,6 +1,5 @@
 """Memory that is predicted, beside memory that is used."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -697,8 +697,9 @@ def test_generate_never_overwrites(generate, plain):
         alone = generate.place / f"alone-{kept[1:]}.webp"
         alone.with_suffix(kept).write_bytes(out.with_suffix(kept).read_bytes())
         decode_again = ["--model", str(generate.model), "--decode", str(out.with_suffix(".safetensors"))]
-        for words in (generate.argv("--seed", "1"), [*decode_again, "--device", "cpu"]):
-            assert run(generate_program, [*words, "--out", str(alone)]) == 2
+        assert run(generate_program, [*generate.argv("--seed", "1"), "--out", str(alone)]) == 2
+        if kept == ".webp":  # to decode into a new video beside the latents is what --decode is for
+            assert run(generate_program, [*decode_again, "--device", "cpu", "--out", str(alone)]) == 2
         assert [path.name for path in generate.place.glob("alone-*")] == [alone.with_suffix(kept).name]
         alone.with_suffix(kept).unlink()
     assert (video, latents) == (out.read_bytes(), out.with_suffix(".safetensors").read_bytes())

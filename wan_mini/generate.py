@@ -25,7 +25,7 @@ from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_vae, load_wan
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
-from wan_mini.runs.cli import Parser, add_common_flags, run, with_options
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
 from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
 from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler, FlowUniPC
@@ -52,9 +52,10 @@ def preset(name: str, folder: Path) -> GenerateConfig:
     for option in ("shift", "cfg", "negative"):
         if option in motion:
             own[option] = motion[option]
+    published = GenerateConfig()
     if name == "Wan2.1-T2V-14B":
-        return GenerateConfig(shift=5.0, cfg=5.0)
-    return with_options(GenerateConfig(), own, f"{folder}/motion.json: motion")
+        published = GenerateConfig(shift=5.0, cfg=5.0)
+    return with_options(published, own, f"{folder}/motion.json: motion")
 
 
 @torch.no_grad()
@@ -108,11 +109,11 @@ def parser() -> Parser:
     return p
 
 
-def check_output(out: Path) -> None:
-    """Raises UserError unless the result, its latents and its fallback without ffmpeg are all new files."""
+def check_output(out: Path, *suffixes: str) -> None:
+    """Raises UserError unless the output is a video, and new with each of these suffixes."""
     if out.suffix not in (".mp4", ".webp"):
         raise UserError(f"--out must end in .mp4 or .webp, got {out}")
-    for suffix in (".mp4", ".webp", ".safetensors"):
+    for suffix in suffixes:
         file = out.with_suffix(suffix)
         if file.exists():
             raise UserError(f"{file} exists already: choose another --out")
@@ -123,13 +124,15 @@ def program(argv: list[str] | None) -> None:
     args = parser().parse_args(argv)
     if (args.prompt is None) == (args.decode is None):
         raise UserError("give either --prompt or --decode (see --help)")
-    check_output(args.out)
     device = pick_device(args.device)
     if args.decode:
+        check_output(args.out, ".mp4", ".webp")  # without ffmpeg, an mp4 becomes a webp
         vae = load_vae(args.model, device=device, dtype=torch.float32)
         (latents,), settings = load_tensors(args.decode, ["latents"])
-        print("wrote", write_video(args.out, decode(vae, latents), fps=settings.get("fps", 16), metadata=settings))
+        frames = decode(vae, latents, dtype=DTYPES[settings["dtype"]])
+        print("wrote", write_video(args.out, frames, fps=settings["fps"], metadata=settings))
         return
+    check_output(args.out, ".mp4", ".webp", ".safetensors")
     height, width = valid_size((args.height, args.width))
     clip = ClipConfig(height, width, valid_frames(args.frames))
     if (clip.height, clip.width, clip.frames) != (args.height, args.width, args.frames):
@@ -140,7 +143,7 @@ def program(argv: list[str] | None) -> None:
     wan = load_wan(args.model, device=home, dtype=dtype)
     if args.compile:
         compile_blocks(wan.dit)
-    names = ("steps", "sampler", "shift", "cfg", "negative")
+    names = field_names(GenerateConfig())
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     config = with_options(preset(wan.name, args.model), given, "--set")
     attention = pick_attention(device)
@@ -166,7 +169,7 @@ def write_new_video(
         device=device,
     )
     settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}
-    settings |= {**asdict(config), **asdict(clip)}
+    settings |= {"dtype": str(wan.dtype).removeprefix("torch."), **asdict(config), **asdict(clip)}
     save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
     with on_device(wan.vae, device):
         frames = decode(wan.vae, latents, dtype=wan.dtype)

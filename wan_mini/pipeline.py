@@ -61,7 +61,7 @@ class Guidance(Protocol):
     status: dict[str, str]  # shown behind the progress bar, such as {"loss": "0.12"}
 
     def before_step(self, index: int, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
-        """Return the latents (1,16,F,H,W) from which step `index` starts, at noise level sigma = timestep / 1000."""
+        """Return the latents (1,16,F,h,w) from which step `index` starts, at noise level sigma = timestep / 1000."""
         ...
 
 
@@ -75,7 +75,7 @@ def guided_velocity(
 ) -> Tensor:
     """Velocity by classifier-free guidance, u + cfg (c - u): two passes, or one if cfg is 1.
 
-    latents (1,16,F,H,W); timestep () in [0,1000]; text, negative_text (1,L,text_dim) -> (1,16,F,H,W) float32.
+    latents (1,16,F,h,w); timestep () in [0,1000]; text, negative_text (1,L,text_dim) -> (1,16,F,h,w) float32.
     Source: Ho & Salimans (arXiv 2207.12598).
     """
     timestep = timestep.reshape(1)  # () -> (1,)
@@ -100,9 +100,9 @@ def denoise(
 ) -> Tensor:
     """Take latents from the scheduler's first noise level to its last.
 
-    latents (1,16,F,H,W) float32, at scheduler.sigmas[0]; text, negative_text (1,L,text_dim); cfg: the scale of
+    latents (1,16,F,h,w) float32, at scheduler.sigmas[0]; text, negative_text (1,L,text_dim); cfg: the scale of
     classifier-free guidance. Guidance changes the latents before each step; the timer sees stages "guide", "denoise".
-    -> latents (1,16,F,H,W) float32, at scheduler.sigmas[-1].
+    -> latents (1,16,F,h,w) float32, at scheduler.sigmas[-1].
     Raises FloatingPointError, which names the step, if latents stop being finite.
     """
     steps = len(scheduler.timesteps)

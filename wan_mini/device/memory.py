@@ -124,6 +124,7 @@ def sampling_stages(
         for block in encoder.blocks:
             x = block(x, mask)
 
+    # The same signature for all; only `guide` has a backward that could recompute.
     def encode(recompute: str) -> Tensor:
         return vae.encode(video.clone(), tile=vae_tile)
 

@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_flags(parser: argparse.ArgumentParser, version: str) -> None:
-    """Add --version and --traceback, which every program has."""
+    """Add --version and --traceback."""
     parser.add_argument("--version", action="version", version=version)
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
 

@@ -14,7 +14,15 @@ from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan, estimate, memory_table
-from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_device, pick_dtype
+from wan_mini.device.select import (
+    DTYPES,
+    attention_backend,
+    compile_blocks,
+    describe,
+    pick_attention,
+    pick_device,
+    pick_dtype,
+)
 from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
@@ -98,7 +106,7 @@ def execute(method: Method, request: Request, model: Path | Checkpoint, timer: S
     with attention_backend(pick_attention(request.device)):
         result = method.transfer(wan, frames, request.prompt, request.config, timer=timer, on_latents=save, **options)
         panels = {"reference": (frames, result.flows[0]), "result": (shown(result), result.flows[1])}
-        if request.unguided:
+        if request.unguided and request.config != method.unguided(request.config):
             with timer("unguided"):
                 plain = method.transfer(wan, frames, request.prompt, method.unguided(request.config), **options)
             panels["without guidance"] = shown(plain), plain.flows[1]
@@ -218,7 +226,8 @@ def finish(latents: Path, device: torch.device, png: bool) -> None:
         raise UserError(f"{settings['ref']} has changed since the run: put the old clip back")
     vae = load_vae(settings["model"], device=device, dtype=torch.float32)
     tile = settings["config"]["vae_tile"]
-    result = decode(vae, x, tile=tile)
+    dtype = DTYPES[settings["dtype"].removeprefix("torch.")]
+    result = decode(vae, x, tile=tile, dtype=dtype)
     panels = {"reference": (frames, flows[0]), "result": (result, flows[1])}
     files = write_result(latents.parent, panels, settings, tile=ARROW_TILE, png=png)
     print("wrote", ", ".join(str(file) for file in files))

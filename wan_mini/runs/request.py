@@ -70,7 +70,9 @@ def build_parser(method: Method) -> Parser:
     model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
-    text = "keep only the part at work on the device, or of its blocks only those at work (none; without a word: parts)"
+    text = (
+        "keep only the part at work on the device, or of its blocks only those at work (none; without a value: parts)"
+    )
     model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=text)
     model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
     model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
@@ -92,7 +94,9 @@ def build_parser(method: Method) -> Parser:
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
-    output.add_argument("--unguided", action="store_true", help="show the same seed without guidance too")
+    output.add_argument(
+        "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
+    )
     output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
     add_common_flags(parser, f"fastvmt-mini {package_version()}")
@@ -132,7 +136,7 @@ def apply_flags(args: Namespace, clip: ClipConfig, config: Any) -> tuple[ClipCon
 
 
 def round_sizes(clip: ClipConfig) -> ClipConfig:
-    """The nearest sizes that the model can have; a change is printed."""
+    """Height and width cut down to whole tokens, frames to the nearest 4k+1; a change is printed."""
     height, width = valid_size((clip.height, clip.width))
     check_range("frames", clip.frames, 5)  # two latent frames, or nothing moves
     rounded = replace(clip, height=height, width=width, frames=valid_frames(clip.frames))
