@@ -80,7 +80,7 @@ def copy_repository(root: Path, target: Path) -> None:
 
 def run_tests(folder: Path, tests: Sequence[str]) -> tuple[int | None, str]:
     """The exit code of pytest, None after LIMIT seconds, and the end of what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests]
     # No bytecode: a file written twice in a second, to the same size, would not be compiled again.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": ""}
     try:
