@@ -43,10 +43,10 @@ def weights(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key[2:]: value for key, value in tensors.items() if key.startswith("w/")}
 
 
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest absolute difference over the largest value."""
-    assert got.shape == wanted.shape
-    return ((got - wanted).abs().max() / wanted.abs().max()).item()
+    assert got.shape == expected.shape
+    return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
 def random_checkpoint(path: Path, seed: int) -> Path:

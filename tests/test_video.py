@@ -444,7 +444,7 @@ def test_a_short_clip_gives_what_it_has(tmp_path):
     assert len(read_video(save_folder(tmp_path / "frames", moving_square(15)), frames=81)) == 13
     if path := mp4_or_hint(tmp_path / "clip.mp4", moving_square(15)):
         assert len(read_video(path, frames=81, fps=16)) == 13
-        with pytest.raises(ValueError, match="has 4 frames at 4 fps, wanted at least 5") as error:
+        with pytest.raises(ValueError, match="has 4 frames at 4 fps, needs at least 5") as error:
             read_video(path, frames=81, fps=4)
         one_line(error)
 

@@ -58,7 +58,7 @@ def read_video(
     clip = [np.asarray(_fit(image, size)) for image in images]
     if len(clip) < MIN_FRAMES:
         rate = f" at {fps} fps" if fps and not path.is_dir() else ""
-        message = f"{path} has {len(clip)} frames{rate}, wanted at least {MIN_FRAMES}: motion needs a longer clip"
+        message = f"{path} has {len(clip)} frames{rate}, needs at least {MIN_FRAMES}: motion needs a longer clip"
         raise UserError(message)
     usable = valid_frames(len(clip), len(clip))
     return np.stack(clip[:usable])  # T x (H, W, 3) -> (T, H, W, 3)
@@ -86,7 +86,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict
         got = f"{frames.shape} {frames.dtype} and {fps}"
         raise UserError(f"frames must be (T, H, W, 3) uint8 and fps above 0, got {got}: use to_uint8")
     if path.suffix not in (".mp4", ".webp"):
-        raise UserError(f"wanted a name that ends in .mp4 or .webp, got {path.name}: change the ending")
+        raise UserError(f"needs a name that ends in .mp4 or .webp, got {path.name}: change the ending")
     target = output_path(path)
     if target != path:
         print(f"no ffmpeg on PATH, so the clip goes to {target}; for an mp4: {ffmpeg.INSTALL}")

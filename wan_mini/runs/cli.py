@@ -95,7 +95,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (UserError, OSError, FloatingPointError, RuntimeError) as error:
         message = _one_line(error)
         if message is None:
-            raise  # a bug, whose traceback is wanted
+            raise  # a bug: show its traceback
         if show_traceback:
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
