@@ -130,6 +130,7 @@ class FastVMT:
         self.block = config.block_of(dit)
         self.grid = dit.grid(reference)
         self.pairs = frame_pairs(self.grid[0], config.span)
+        self.next_pairs = frame_pairs(self.grid[0], 1)
         self.status: dict[str, str] = {}
         self.losses: list[list[float]] = []  # of each guided step, at each gradient
         self.key_gradient_norms: list[dict[str, float]] = []  # of each guided step, at its first gradient
@@ -213,9 +214,8 @@ class FastVMT:
     def clean_flow(self, latents: Tensor) -> Tensor:
         """Flow of a clean clip from each latent frame to the next, (F-1,S,2) in tokens, around its own matches."""
         c = self.config
-        pairs = frame_pairs(self.grid[0], 1)
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
-        flow, _ = windowed_amf(q, k, self.grid, pairs, tau=c.tau, tile=c.tile, window=c.window)
+        flow, _ = windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)
         return flow
 
     def report(self) -> dict[str, Any]:
