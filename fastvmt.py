@@ -221,9 +221,8 @@ class FastVMT:
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
         gradients = sum(len(losses) for losses in self.losses)
-        report: dict[str, Any] = {"losses": self.losses, "gradients": gradients, "pairs": len(self.pairs)}
-        report |= {"key_gradient_norms": self.key_gradient_norms, "block": self.block, "recompute": self.recompute}
-        return report
+        report = {"losses": self.losses, "gradients": gradients, "pairs": len(self.pairs), "block": self.block}
+        return report | {"key_gradient_norms": self.key_gradient_norms, "recompute": self.recompute}
 
 
 @torch.no_grad()
@@ -297,7 +296,8 @@ def costs(config: MotionConfig, dit: WanDiT, grid: tuple[int, int, int]) -> list
     c, block, tokens = config, config.block_of(dit), math.prod(grid)
     updates = c.guided_steps * c.optim_steps
     gradients = c.guided_steps * math.ceil(c.optim_steps / c.interval)
-    flops = c.guided_steps * forward_flops(dit.config, tokens, block)  # of the reference
+    readings = c.guided_steps if c.reference == "noised" else 1  # of the reference; not counted: those of clean clips
+    flops = readings * forward_flops(dit.config, tokens, block)
     flops += gradients * gradient_flops(dit.config, tokens, block)
     where = f"block {block} of {dit.config.num_layers}, {len(frame_pairs(grid[0], c.span))} frame pairs"
     return [

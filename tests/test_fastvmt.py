@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import fastvmt
 from fastvmt import FastVMT, MotionConfig, main, transfer
-from wan_mini.config import ClipConfig
+from wan_mini.config import ClipConfig, DiTConfig
+from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan
 from wan_mini.device.select import compile_blocks
+from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.generate import generate
 from wan_mini.load import load_wan
@@ -41,6 +43,19 @@ FLAGS = ["--height", "64", "--width", "96", "--frames", "9", "--steps", "3", "--
 @pytest.fixture(scope="session")
 def clip():
     return make_clip(0).frames[:9, ::2, ::2]  # (9, 64, 96, 3)
+
+
+def test_a_clean_reference_is_read_once():
+    """Then the guidance costs a pass of the reference less in each guided step but one."""
+    with torch.device("meta"):
+        dit = WanDiT(DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30))
+    grid = (21, 30, 52)
+    teraflops = {}
+    for reference in ("noised", "clean"):
+        line = fastvmt.costs(MotionConfig(reference=reference), dit, grid)[1]
+        teraflops[reference] = float(line.split()[-2].replace(",", ""))
+    once = forward_flops(dit.config, 21 * 30 * 52, 14) / 1e12
+    assert teraflops["noised"] - teraflops["clean"] == pytest.approx(9 * once, abs=0.1)
 
 
 def test_defaults_are_the_papers():
