@@ -24,8 +24,10 @@ import torch.distributed as dist
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.runs.cli import Parser
 
-OF_A_JOB = ("ref", "prompt", "negative", "frames", "height", "width", "seed", "amf", "interval", "steps", "set")
-OF_A_JOB += ("out", "png", "unguided")
+OF_A_JOB = (
+    *("ref", "prompt", "negative", "frames", "height", "width", "seed"),
+    *("amf", "interval", "steps", "set", "out", "png", "unguided"),
+)
 NOT_WITH_JOBS = ("parallel", "decode", "dry_run", "out")
 POLL = 0.05  # seconds between two looks at what the other processes do
 
