@@ -365,6 +365,24 @@ def _(program, base, monkeypatch, capsys):
     assert (got.record["compile"], base.record["compile"]) == (True, False)
 
 
+@flag("--parallel")
+def _(program, base, monkeypatch, capsys):
+    """What several processes make of it is in test_parallel.py; one alone is refused."""
+    assert base.record["parallel"] == "none"
+    assert main([*program.argv("--parallel", "cfg"), "--out", str(program.place / "none")]) == 2
+    assert "--parallel cfg needs torchrun" in capsys.readouterr().err
+
+
+@flag("--jobs")
+def _(program, base, monkeypatch, capsys):
+    """A line's flags come behind the command line's."""
+    out = program.place / "job"
+    file = program.place / "jobs.jsonl"
+    file.write_text(json.dumps({"prompt": "a red fox", "out": str(out)}), encoding="utf-8")
+    assert main([*program.argv(), "--jobs", str(file)]) == 0
+    same(Run.read(out), program.by_hand(prompt="a red fox"))
+
+
 @flag("--offload")
 def _(program, base, monkeypatch, capsys):
     """The same bits; blocks elsewhere must be recomputed, or a backward would keep all their copies."""

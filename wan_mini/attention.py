@@ -1,9 +1,10 @@
-"""Attention over all heads, and the rotary position embedding (RoPE) of its queries and keys.
+"""Attention over all heads, the rotary position embedding (RoPE) of its queries and keys, and whose tokens those are.
 
 Shapes: q (B,N,M,D), k and v (B,L,M,D): M heads of width D, not yet moved to the front.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,3 +66,33 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     logits = (scale * q.transpose(1, 2)) @ k.permute(0, 2, 3, 1)  # (B,M,N,D) x (B,M,D,L) -> (B,M,N,L)
     out = logits.softmax(dim=-1) @ v.transpose(1, 2)  # (B,M,N,L) x (B,M,L,D) -> (B,M,N,D)
     return out.transpose(1, 2).flatten(2)  # (B,M,N,D) -> (B,N,M,D) -> (B,N,C)
+
+
+class OneProcess:
+    """How a transformer's work is shared out over processes: not at all. parallel.Ranks shares it out over several."""
+
+    name = "none"  # one of parallel.MODES
+    writes = True  # whether this process writes the results
+
+    def check(self, config: Any, tokens: int, offload: str) -> None:
+        """Raise UserError if a model with this DiTConfig and so many tokens cannot be shared out."""
+
+    def share(self, dit: Any) -> None:
+        """Let a WanDiT work in these processes."""
+        dit.ranks = self
+
+    def split(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This process's share of the tokens, along a dimension: N -> N/n."""
+        return x
+
+    def join(self, x: Tensor) -> Tensor:
+        """The tokens of all processes: (B,N/n,...) -> (B,N,...)."""
+        return x
+
+    def each(self, call: Callable[[Tensor], Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        """call(x) for each x of the inputs."""
+        return [call(x) for x in inputs]
+
+    def agree(self, value: int) -> int:
+        """The largest of all processes' values."""
+        return value

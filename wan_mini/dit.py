@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from wan_mini.attention import AttentionFunction, Rope, apply_rope, attention, rope_table
+from wan_mini.attention import AttentionFunction, OneProcess, Rope, apply_rope, attention, rope_table
 from wan_mini.config import DiTConfig
 from wan_mini.errors import UserError
 
@@ -183,6 +183,7 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(dim, config.out_dim * patch[0] * patch[1] * patch[2])
+        self.ranks = OneProcess()
 
     def set_attention(self, function: AttentionFunction) -> None:
         """Let every attention of the model run `function`: q (B,N,M,D), k and v (B,L,M,D) -> (B,N,C)."""
@@ -222,12 +223,15 @@ class WanDiT(nn.Module):
             raise UserError(f"qk_block must be in 0..{len(self.blocks) - 1}, got {qk_block}")
         if recompute not in RECOMPUTE:
             raise UserError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute}")
-        x, time, modulation, text, rope = self.embed(latents, timestep, text)
+        x, time, modulation, text, (cos, sin) = self.embed(latents, timestep, text)
+        rope = self.ranks.split(cos, dim=0), self.ranks.split(sin, dim=0)  # (N,1,D/2) -> (N/n,1,D/2), n processes
+        x = self.ranks.split(x)  # (B,N,C) -> (B,N/n,C)
         for block in self.blocks[:qk_block]:  # all of them, if qk_block is None
             x = _run_block(block, recompute, x, modulation, text, rope)
         if qk_block is not None:
-            return cast(Block, self.blocks[qk_block]).qk(x, modulation, rope)
-        return self.unpatchify(self.head(x, time), grid)
+            q, k = cast(Block, self.blocks[qk_block]).qk(x, modulation, rope)  # 2 x (B,N/n,M,D)
+            return self.ranks.join(q), self.ranks.join(k)
+        return self.unpatchify(self.ranks.join(self.head(x, time)), grid)
 
     def embed(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Embedded:
         """Everything before the first block; arguments and errors as in forward."""

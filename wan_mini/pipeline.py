@@ -79,10 +79,9 @@ def guided_velocity(
     Source: Ho & Salimans (arXiv 2207.12598).
     """
     timestep = timestep.reshape(1)  # () -> (1,)
-    conditional = dit(latents, timestep, text)
     if cfg == 1:
-        return conditional
-    unconditional = dit(latents, timestep, negative_text)
+        return dit(latents, timestep, text)
+    conditional, unconditional = dit.ranks.each(partial(dit, latents, timestep), [text, negative_text])
     return unconditional + cfg * (conditional - unconditional)
 
 

@@ -278,8 +278,10 @@ def choose_recompute(
     if free is None:
         return policies[0]
     dtype = dit.patch_embedding.weight.dtype
-    for recompute in policies[:-1]:
-        needed = gradient_bytes(dit.config, dtype, tuple(latent_shape), gradient, recompute, offload_blocks)
+    index = 0
+    while index < len(policies) - 1:
+        needed = gradient_bytes(dit.config, dtype, tuple(latent_shape), gradient, policies[index], offload_blocks)
         if needed <= SHARE * free:
-            return recompute
-    return policies[-1]
+            break
+        index += 1
+    return policies[dit.ranks.agree(index)]

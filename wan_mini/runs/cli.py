@@ -84,11 +84,11 @@ def parse_pairs(texts: list[str], flag: str = "--set") -> dict[str, str]:
     return pairs
 
 
-def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call a program's main. Returns the exit code: 0, or 2 with one line on stderr for what its user can mend."""
+def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
+    """Call a program's main. Returns the exit code: main's or 0; 2 with one line on stderr for what a user can mend."""
     show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)
     try:
-        main(argv)
+        return main(argv) or 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -100,7 +100,6 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             traceback.print_exc()
         print(f"error: {message}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _one_line(error: Exception) -> str | None:

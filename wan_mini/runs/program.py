@@ -1,8 +1,11 @@
 """The program around a motion-transfer method: one run from files to files, or what a run would cost."""
 
-from collections.abc import Mapping
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +13,19 @@ import numpy as np
 import torch
 from torch import nn
 
+from wan_mini.attention import OneProcess
 from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan, estimate, memory_table
-from wan_mini.device.select import (
-    DTYPES,
-    attention_backend,
-    compile_blocks,
-    describe,
-    pick_attention,
-    pick_device,
-    pick_dtype,
-)
+from wan_mini.device.parallel import device_of_process, open_ranks
+from wan_mini.device.select import DTYPES, attention_backend, compile_blocks, describe, pick_attention, pick_dtype
 from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
 from wan_mini.pipeline import SamplingConfig, Transfer, decode
 from wan_mini.runs.folder import Panel, load_tensors, save_tensors, write_record, write_result
+from wan_mini.runs.jobs import run_jobs
 from wan_mini.runs.provenance import sha256_clip, versions
 from wan_mini.runs.request import Method, Request, apply_flags, build_parser, load_preset, request_of
 from wan_mini.tiny import demo
@@ -37,10 +35,41 @@ FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
 ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
 
 
-def program(method: Method, argv: list[str] | None) -> None:
-    """Parse, then finish an old run, print a new one's costs, or do it."""
-    args = build_parser(method).parse_args(argv)
-    device = pick_device(args.device)
+def program(method: Method, argv: list[str] | None) -> int:
+    """Parse, then finish an old run, print a new one's costs, do it, or do many; returns 1 if one of many failed."""
+    parser = build_parser(method)
+    args = parser.parse_args(argv)
+    device = device_of_process(args.device)
+    loader = Loader()
+    if args.jobs is not None:
+        run_one = partial(start, method, device=device, ranks=OneProcess(), loader=loader)
+        return run_jobs(args, parser, sys.argv[1:] if argv is None else argv, run_one)
+    with open_ranks(args.parallel, device) as ranks:
+        start(method, args, device, ranks, loader)
+    return 0
+
+
+class Loader:
+    """Loads models as requests need them, and keeps the last one for the next run."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] = ()
+        self.wan: Wan | None = None
+
+    def __call__(self, request: Request, model: Path | Checkpoint) -> Wan:
+        """The request's model; model: its folder, or that folder's headers."""
+        home = request.device if request.offload == "none" else torch.device("cpu")
+        key = (request.model, home, request.dtype, request.compile)
+        if self.wan is None or self.key != key:
+            self.wan = load_wan(model, device=home, dtype=request.dtype)
+            self.key = key
+            if request.compile:
+                compile_blocks(self.wan.dit)
+        return self.wan
+
+
+def start(method: Method, args: Namespace, device: torch.device, ranks: OneProcess, loader: Loader) -> None:
+    """What the command line asks for, in one of the processes of a run."""
     dtype = pick_dtype(device, args.dtype)
     if args.decode:
         finish(args.decode, device, args.png)
@@ -55,7 +84,9 @@ def program(method: Method, argv: list[str] | None) -> None:
             print_costs(method, name, parts, clip, config, dtype)
             return
         request = request_of(args, clip, config, device, dtype, plans)
-    execute(method, request, checkpoint or request.model, timer)
+        tokens = prod(token_grid(clip.frames, clip.height, clip.width))
+        ranks.check(parts["dit"].config, tokens, request.offload)
+    execute(method, request, partial(loader, request, checkpoint or request.model), timer, ranks)
 
 
 def open_model(model: Path | None) -> tuple[str, dict[str, nn.Module], Checkpoint | None]:
@@ -78,20 +109,20 @@ def preset_folder(model: Path | None, name: str) -> Path | None:
     return demo.CHECKPOINT if name == "tiny" else model
 
 
-def execute(method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer) -> None:
-    """Do one run with the model. What can fail cheaply comes first; the latents are saved before they are decoded."""
+def execute(method: Method, request: Request, load: Callable[[], Wan], timer: StageTimer, ranks: OneProcess) -> None:
+    """Do one run with the model that `load` gives. What can fail cheaply comes first; the latents are saved first."""
     with timer("read"):
         clip, frames = read_reference(request)
     with timer("load"):
-        home = request.device if request.offload == "none" else torch.device("cpu")
-        wan = load_wan(model, device=home, dtype=request.dtype)
-        if request.compile:
-            compile_blocks(wan.dit)
+        wan = load()
+        ranks.share(wan.dit)
     settings = settings_of(request, clip, frames)
     size = f"{len(frames)} frames of {clip.width}x{clip.height}"
     print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {request.folder}")
 
     def save(result: Transfer) -> None:
+        if not ranks.writes:
+            return
         tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
         save_tensors(request.folder / "latents.safetensors", tensors, settings)
         record = {**settings, "stages": timer.table, **result.report, **machine(request, wan)}
@@ -110,6 +141,8 @@ def execute(method: Method, request: Request, model: Path | Checkpoint, timer: S
             with timer("unguided"):
                 plain = method.transfer(wan, frames, request.prompt, method.unguided(request.config), **options)
             panels["without guidance"] = shown(plain), plain.flows[1]
+    if not ranks.writes:
+        return
     with timer("write"):
         files = write_result(request.folder, panels, settings, tile=ARROW_TILE, png=request.png)
     save(result)  # again, with all costs
@@ -152,6 +185,7 @@ def machine(request: Request, wan: Wan) -> dict[str, Any]:
         "compute": compute_line(request),
         "offload": request.offload,
         "compile": request.compile,
+        "parallel": wan.dit.ranks.name,
         "versions": versions(),
         "checkpoint_sha256": wan.hashes,
     }

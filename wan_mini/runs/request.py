@@ -16,6 +16,7 @@ import torch
 from wan_mini.config import ClipConfig, valid_frames, valid_size
 from wan_mini.device.memory import Gradient, MemoryPlan, choose_plan
 from wan_mini.device.offload import OFFLOAD
+from wan_mini.device.parallel import MODES
 from wan_mini.device.select import DTYPES
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
@@ -76,6 +77,8 @@ def build_parser(method: Method) -> Parser:
     model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=text)
     model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
     model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
+    text = "share a run out over the processes of torchrun: cfg (two), sequence or cfg,sequence"
+    model.add_argument("--parallel", choices=MODES, metavar="MODE", help=text)
     content = parser.add_argument_group("clip and prompt")
     content.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     content.add_argument("--prompt", help=f'what the new video shows ("{demo.target_scene().caption}")')
@@ -98,6 +101,7 @@ def build_parser(method: Method) -> Parser:
         "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
     )
     output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
+    output.add_argument("--jobs", type=Path, metavar="FILE", help="do many runs, one a line of JSON (runs/jobs.py)")
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
     add_common_flags(parser, f"fastvmt-mini {package_version()}")
     return parser

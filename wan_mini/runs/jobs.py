@@ -1,0 +1,107 @@
+"""Many runs, one a line of a file, by one process or by all that torchrun has started: each takes the next one.
+
+    torchrun --nproc-per-node 8 fastvmt.py --model Wan2.1-T2V-1.3B --jobs jobs.jsonl
+
+    {"ref": "dog.mp4", "prompt": "a fox in the snow", "out": "runs/fox", "seed": 3, "set": ["tau=3"]}
+
+A line's names are flags; they come behind those of the command line. Every process loads the model once. A run that
+fails is reported in one line, and the others go on.
+"""
+
+import io
+import json
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from traceback import print_exc
+from typing import Any
+
+import torch.distributed as dist
+
+from wan_mini.errors import MissingFile, UserError
+from wan_mini.runs.cli import Parser
+
+OF_A_JOB = (
+    *("ref", "prompt", "negative", "frames", "height", "width", "seed"),
+    *("amf", "interval", "steps", "set", "out", "png", "unguided"),
+)
+NOT_WITH_JOBS = ("parallel", "decode", "dry_run", "out")
+POLL = 0.05  # seconds between two looks at what the other processes do
+
+
+def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Namespace], None]) -> int:
+    """Run what is left of the jobs, one after the other. Returns 1 if one of them failed, in any process, else 0.
+
+    args, argv: the command line; run: does a run with these flags. Raises UserError on flags that are no job's.
+    """
+    for name in NOT_WITH_JOBS:
+        if getattr(args, name):
+            raise UserError(f"--jobs runs each line by itself, got --{name.replace('_', '-')} too: leave it out")
+    if not args.jobs.is_file():
+        raise MissingFile(f"{args.jobs} does not exist: give a file with a job in JSON on each line")
+    lines = args.jobs.read_text(encoding="utf-8").splitlines()
+    store, processes = shared_store()
+    while True:
+        number = store.add("jobs/next", 1)  # 1, 2, ..., to one process each
+        if number > len(lines):
+            break
+        if not lines[number - 1].strip():
+            continue
+        try:
+            run(parse_job(lines[number - 1], parser, argv))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, the other jobs go on)
+            store.add("jobs/failed", 1)
+            if args.traceback:
+                print_exc()
+            print(f"error: {args.jobs} line {number}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    wait_for_all(store, "jobs/ended", processes)
+    failed = store.add("jobs/failed", 0)
+    wait_for_all(store, "jobs/read", processes)  # the first process holds the store
+    return int(failed > 0)
+
+
+def parse_job(line: str, parser: Parser, argv: list[str]) -> Namespace:
+    """The flags of a line behind those of the command line. Raises UserError if it is no job."""
+    try:
+        job = json.loads(line)
+    except ValueError as problem:
+        raise UserError(f"not JSON ({problem})") from None
+    if not isinstance(job, dict) or "out" not in job or not set(job) <= set(OF_A_JOB):
+        raise UserError(f'a job is an object with "out" and any of {", ".join(OF_A_JOB)}, got {line[:80]}')
+    flags: list[str] = []
+    for name, value in job.items():
+        flags += words(name, value)
+    complaint = io.StringIO()
+    try:
+        with redirect_stderr(complaint):
+            return parser.parse_args([*argv, *flags])
+    except SystemExit:
+        raise UserError(complaint.getvalue().removeprefix("error: ").strip()) from None
+
+
+def words(name: str, value: Any) -> list[str]:
+    """A name and its value as on a command line: true is a flag alone, a list is several words."""
+    if isinstance(value, bool):
+        return [f"--{name}"] * value
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}={value}"]
+
+
+def shared_store() -> tuple[dist.Store, int]:
+    """Numbers that all processes of torchrun share, and how many processes there are; or those of this one alone."""
+    if "RANK" not in os.environ:
+        return dist.HashStore(), 1
+    store, _, processes = next(dist.rendezvous("env://"))
+    return store, processes
+
+
+def wait_for_all(store: dist.Store, name: str, processes: int) -> None:
+    """Return when every process has come here: torchrun ends all of them as soon as one fails."""
+    count = store.add(name, 1)
+    while count < processes:
+        time.sleep(POLL)
+        count = store.add(name, 0)
