@@ -116,12 +116,14 @@ def frame_sets(config: FollowYourMotionConfig, frames: int) -> FrameSets:
     return {"spatial": single_frames(frames), "temporal": [temporal]}
 
 
-def label_heads(dit: WanDiT, latents: Tensor, text: Tensor, config: FollowYourMotionConfig, seed: int) -> Tensor:
-    """Similarities (L,M,2) of all heads for the noised clip (1,16,F,h,w) with its caption."""
+def label_heads(
+    dit: WanDiT, latents: Tensor, text: Tensor, config: FollowYourMotionConfig, seed: int, blocks: int | None = None
+) -> Tensor:
+    """Similarities (L,M,2) of all heads, or of the first `blocks`, for the clip (1,16,F,h,w), noised, and its caption."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
     sigma = config.label_timestep / 1000
     noised = (1 - sigma) * latents + sigma * noise
-    return similarities(dit, noised, torch.tensor([config.label_timestep]), text, MASKS[config.mask])
+    return similarities(dit, noised, torch.tensor([config.label_timestep]), text, MASKS[config.mask], blocks)
 
 
 def plan(

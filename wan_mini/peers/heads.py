@@ -66,8 +66,18 @@ def mask_similarity(q: Tensor, k: Tensor, grid: Grid, masks: Masks = band_masks,
 
 
 @torch.no_grad()
-def similarities(dit: WanDiT, latents: Tensor, timestep: Tensor, text: Tensor, masks: Masks = band_masks) -> Tensor:
-    """mask_similarity of every head in one pass without adapters: latents (1,16,F,h,w) -> (L,M,2) float64."""
+def similarities(
+    dit: WanDiT,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    masks: Masks = band_masks,
+    blocks: int | None = None,
+) -> Tensor:
+    """mask_similarity of every head in one pass without adapters: latents (1,16,F,h,w) -> (L,M,2) float64.
+
+    blocks: of so many blocks only, the first; to count memory, which is the same for each.
+    """
     grid = dit.grid(latents)
     measured: list[Tensor] = []
 
@@ -78,7 +88,7 @@ def similarities(dit: WanDiT, latents: Tensor, timestep: Tensor, text: Tensor, m
         measured.append(mask_similarity(q[0], k[0], grid, masks))
 
     handles = []
-    for block in dit.blocks:
+    for block in dit.blocks[:blocks]:
         attention: Any = block.self_attn
         handles.append(attention.register_forward_pre_hook(compare, with_kwargs=True))
     try:
