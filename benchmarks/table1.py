@@ -5,8 +5,9 @@
     python -m benchmarks.table1 --show                          # the table of what has been run
 
 A training-free peer has two rows. "own" is its authors' guided share and updates, with rates scaled to FastVMT's sum
-of rate x updates; "equal" is FastVMT's share, updates and rates, with a gradient at every update. Chance rows say what
-each measure gives to videos that follow nothing. A row of the CSV is one clip and method, all from the same noise.
+of rate x updates; "equal" is FastVMT's share, updates and rates, with a gradient at every update. Methods that train
+have the options of wan_mini/peers/presets.py. Chance rows say what each measure gives to videos that follow nothing.
+A row of the CSV is one clip and method, all from the same noise.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_wan
-from wan_mini.peers import training_free
+from wan_mini.peers import adapted, presets, training_free
+from wan_mini.peers.methods import METHODS, gradient_of
 from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import Parser, run
 from wan_mini.runs.request import load_preset
@@ -57,6 +59,19 @@ PEER_ROWS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "flowmotion, equal": ("flowmotion", "equal", {"velocity": "step"}),
     "flowmotion, own": ("flowmotion", "own", {}),
 }
+# Rows of methods that train adapters, and Follow-Your-Motion's controls: what differs from presets.load_preset.
+TRAINED_ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "follow-your-motion": ("fym", {}),
+    "follow-your-motion, all heads": ("fym", {"heads": "all"}),
+    "follow-your-motion, random heads": ("fym", {"heads": "random"}),
+    "follow-your-motion, swapped heads": ("fym", {"heads": "swapped"}),
+    "follow-your-motion, no adaptive RoPE": ("fym", {"rope": "none"}),
+    "follow-your-motion, dense sampling": ("fym", {"sparse": "none"}),
+    "follow-your-motion, no motion loss": ("fym", {"motion": "none"}),
+    "motiondirector": ("motiondirector", {}),
+    "motioninversion": ("motioninversion", {}),
+    "det": ("det", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,7 @@ class Entry:
 
     config: Any  # its options, a dataclass
     run: Run
-    gradient: Gradient | None = None  # one gradient, for its memory; None: nothing beyond a forward pass
-    counted: bool = True  # whether the memory of a forward pass and `gradient` is that of the method
+    gradient: Gradient | None  # one gradient or training step, for its memory; None: nothing beyond a forward pass
 
 
 def entries(folder: Path) -> dict[str, Entry]:
@@ -82,12 +96,21 @@ def entries(folder: Path) -> dict[str, Entry]:
         methods[name] = Entry(
             options, partial(_guided, training_free.transfer, options), training_free.gradient_of(options)
         )
+    for name, (method, changes) in TRAINED_ROWS.items():
+        _, options = presets.load_preset(folder, METHODS[method].config, method)
+        options = replace(options, **changes)
+        methods[name] = Entry(options, partial(_trained, options), gradient_of(options))
     return methods
 
 
 def _guided(transfer: Callable[..., Transfer], config: Any, wan: Wan, clip: Clip, prompt: str, seed: int) -> Transfer:
     """A training-free method's run."""
     return transfer(wan, clip.frames, prompt, config, seed=seed)
+
+
+def _trained(config: Any, wan: Wan, clip: Clip, prompt: str, seed: int) -> Transfer:
+    """A run that trains adapters with the reference's own caption."""
+    return adapted.transfer(wan, clip.frames, prompt, config, ref_prompt=clip.caption, seed=seed)
 
 
 def settings_of(config: Any, hashes: Mapping[str, str]) -> str:
@@ -98,8 +121,6 @@ def settings_of(config: Any, hashes: Mapping[str, str]) -> str:
 
 def counted_peak(dit: WanDiT, frames: np.ndarray, entry: Entry) -> float:
     """GB of weights and of the larger of one gradient and one forward pass, counted on meta tensors: see memory.py."""
-    if not entry.counted:
-        return float("nan")
     shape = latent_shape(*frames.shape[:3])
     dtype = dit.patch_embedding.weight.dtype
     needed = gradient_bytes(dit.config, dtype, shape, _forward, "none", False)

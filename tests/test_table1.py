@@ -16,6 +16,7 @@ from benchmarks.metrics.rows import COLUMNS, MEASURES, append_rows, ranks, read_
 from wan_mini.device.memory import module_bytes
 from wan_mini.errors import UserError
 from wan_mini.load import load_wan
+from wan_mini.peers import adapted
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import make_clip
 
@@ -47,9 +48,25 @@ def test_every_method_has_options_of_its_own(model):
     assert len(settings) == len(methods)
     entry = methods["fastvmt"]
     assert table1.settings_of(entry.config, {"a": "2"}) not in settings  # other weights
-    updates = {name: entry.config.guided_steps * entry.config.optim_steps for name, entry in methods.items()}
-    equal = [updates[name] for name in methods if name.endswith("equal")]
-    assert equal == [updates["fastvmt"]] * len(equal)
+    for name, entry in methods.items():
+        if name.endswith("equal"):
+            ours = methods["fastvmt"].config
+            assert entry.config.guided_steps == ours.guided_steps and entry.config.rates(0)[-1] == ours.lr[1]
+            assert len(entry.config.rates(0)) == ours.optim_steps
+    heads = {methods[f"follow-your-motion, {kind} heads"].config.heads for kind in ("all", "random", "swapped")}
+    assert heads == {"all", "random", "swapped"} and methods["follow-your-motion"].config.heads not in heads
+    assert {"motiondirector", "motioninversion", "det"} < set(methods)
+
+
+def test_adapters_are_trained_with_the_references_caption(monkeypatch):
+    calls = []
+    monkeypatch.setattr(adapted, "transfer", lambda *args, **options: calls.append((args, options)))
+    entry = table1.entries(CHECKPOINT)["motiondirector"]
+    clip = make_clip(1, "single", frames=[0])
+    entry.run("model", clip, "a prompt", 7)
+    (args, options) = calls[0]
+    assert args[0] == "model" and args[1] is clip.frames and args[2:] == ("a prompt", entry.config)
+    assert options == {"ref_prompt": clip.caption, "seed": 7}
 
 
 def short_clip(seed, kind=None, split="train"):
