@@ -3,7 +3,7 @@
 Shapes: q (B,N,M,D), k and v (B,L,M,D): M heads of width D, not yet moved to the front.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,20 +16,26 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B,N,M,D), k
 PLAIN_LOGITS = 2**24  # up to so many logits, of two bytes each, are held at once by plain_attention
 
 
-def rope_table(grid: tuple[int, int, int], head_dim: int, device: torch.device) -> Rope:
+def rope_table(
+    grid: tuple[int, int, int], head_dim: int, device: torch.device, times: Sequence[float] | None = None
+) -> Rope:
     """Cosine and sine of every token's 3D rotary angles, each (N, 1, D/2) float32; grid (F,H,W), head_dim D.
 
+    times: positions of the F latent frames, real numbers; None means 0, 1, ..., F-1.
     The D/2 channel pairs are split unevenly: a third (rounded down) each for rows and columns, the rest for time.
     Source: RoPE (arXiv 2104.09864), one axis after the other; the split is Wan's.
     """
     third = head_dim // 6
     pairs = (head_dim // 2 - 2 * third, third, third)
+    positions = [torch.arange(size, dtype=torch.float64) for size in grid]
+    if times is not None:
+        positions[0] = torch.tensor(times, dtype=torch.float64)
     tables = []
     for wave in (torch.cos, torch.sin):
         axes = []
         for axis, (size, n) in enumerate(zip(grid, pairs, strict=True)):
             frequencies = 10000.0 ** -(torch.arange(n, dtype=torch.float64) / n)
-            values = wave(torch.outer(torch.arange(size, dtype=torch.float64), frequencies)).float().to(device)
+            values = wave(torch.outer(positions[axis], frequencies)).float().to(device)
             shape = [1, 1, 1, n]
             shape[axis] = size
             axes.append(values.reshape(shape).expand(*grid, n))  # (size, n) -> (F,H,W, n)

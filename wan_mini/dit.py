@@ -8,6 +8,7 @@ original: the time MLP, the modulation (in bfloat16 a scale `1 + s` loses a smal
 (thirty small updates would round away), and the head. Norms are float32 inside; see keeps_float32.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -209,21 +210,24 @@ class WanDiT(nn.Module):
         *,
         qk_block: int | None = None,
         recompute: str = "none",
+        times: Sequence[float] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of noisy latents, or the queries and keys of one block.
 
         latents (B,16,F,2H,2W); timestep (B,) in [0,1000], best left on the CPU; text (B,L<=text_len,text_dim), here
-        zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE.
+        zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE;
+        times: temporal RoPE positions of the F latent frames, real numbers, None for 0..F-1.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
         and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs.
-        Raises UserError on latents that do not patchify, too long a text, a block or a policy that does not exist.
+        Raises UserError on latents that do not patchify, too long a text, a block or a policy that does not exist, or
+        times of another number than F.
         """
         grid = self.grid(latents)
         if qk_block is not None and not 0 <= qk_block < len(self.blocks):
             raise UserError(f"qk_block must be in 0..{len(self.blocks) - 1}, got {qk_block}")
         if recompute not in RECOMPUTE:
             raise UserError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute}")
-        x, time, modulation, text, (cos, sin) = self.embed(latents, timestep, text)
+        x, time, modulation, text, (cos, sin) = self.embed(latents, timestep, text, times)
         rope = self.ranks.split(cos, dim=0), self.ranks.split(sin, dim=0)  # (N,1,D/2) -> (N/n,1,D/2), n processes
         x = self.ranks.split(x)  # (B,N,C) -> (B,N/n,C)
         for block in self.blocks[:qk_block]:  # all of them, if qk_block is None
@@ -233,9 +237,11 @@ class WanDiT(nn.Module):
             return self.ranks.join(q), self.ranks.join(k)
         return self.unpatchify(self.ranks.join(self.head(x, time)), grid)
 
-    def embed(self, latents: Tensor, timestep: Tensor, text: Tensor) -> Embedded:
+    def embed(self, latents: Tensor, timestep: Tensor, text: Tensor, times: Sequence[float] | None = None) -> Embedded:
         """Everything before the first block; arguments and errors as in forward."""
         grid = self.grid(latents)
+        if times is not None and len(times) != grid[0]:
+            raise UserError(f"times must hold a position for each of the {grid[0]} latent frames, got {len(times)}")
         patches = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))  # (B,16,F,2H,2W) -> (B,C,F,H,W)
         tokens = patches.flatten(2).mT.float()  # (B,C,F,H,W) -> (B,C,N) -> (B,N,C), raster order
         tokens = tokens.contiguous()  # in a view, norms are slow
@@ -244,7 +250,7 @@ class WanDiT(nn.Module):
         sinusoids = timestep_embedding(timestep, self.config.freq_dim).to(latents.device)
         time = self.time_embedding(sinusoids)  # (B,freq_dim) -> (B,C)
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B,6C) -> (B,6,C)
-        rope = rope_table(grid, self.config.dim // self.config.num_heads, latents.device)
+        rope = rope_table(grid, self.config.dim // self.config.num_heads, latents.device, times)
         return Embedded(tokens, time, modulation, self.embed_text(text), rope)
 
     def embed_text(self, text: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ A method that steers sampling is a `Guidance`: it changes the latents before a s
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ class Transfer:
     flows: tuple[Tensor, Tensor]  # of reference and result, (F-1,S,2) tokens from each latent frame to the next
     report: dict[str, Any]  # losses, gradients, ...: what goes into run.json
     frames: np.ndarray | None = None  # (T,H,W,3) uint8
+    others: dict[str, np.ndarray] = field(default_factory=dict)  # more clips, each to be written as NAME.webp
 
 
 class Guidance(Protocol):

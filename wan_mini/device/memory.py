@@ -108,6 +108,7 @@ def sampling_stages(
     cfg_passes: int = 2,
     vae_tile: int | None = None,
     gradient: Gradient | None = None,
+    gradient_stage: str = "guide",
 ) -> list[Stage]:
     """The stages of a run, with inputs where the parts are; arguments as for estimate."""
     dit, vae, encoder = parts["dit"], parts["vae"], parts["text_encoder"]
@@ -140,7 +141,7 @@ def sampling_stages(
 
     stages = [Stage("text", "text_encoder", encode_text), Stage("encode", "vae", encode)]
     if gradient is not None:
-        stages.append(Stage("guide", "dit", guide, has_backward=True))
+        stages.append(Stage(gradient_stage, "dit", guide, has_backward=True))
     return [*stages, Stage("denoise", "dit", denoise), Stage("decode", "vae", decode)]
 
 
@@ -179,12 +180,13 @@ def estimate(
     cfg_passes: int = 2,
     vae_tile: int | None = None,
     gradient: Gradient | None = None,
+    gradient_stage: str = "guide",
 ) -> list[MemoryPlan]:
     """The memory of every way to sample a video, the fastest way first.
 
     parts: "dit", "vae" and "text_encoder" on the meta device; their weights become `dtype` as in load.load_wan.
     video_shape (1,3,T,H,W); latent_shape (1,16,F,h,w); cfg_passes: of the transformer in a step, 1 or 2; vae_tile: see
-    WanVAE; gradient: of the guidance, None where nothing guides.
+    WanVAE; gradient: of the guidance or the training, None without any; gradient_stage: the name of its stage.
     """
     set_weight_dtypes(parts, dtype)
     stages = sampling_stages(
@@ -194,6 +196,7 @@ def estimate(
         cfg_passes=cfg_passes,
         vae_tile=vae_tile,
         gradient=gradient,
+        gradient_stage=gradient_stage,
     )
     peaks = measure_stages(stages)
     plans = []

@@ -234,6 +234,11 @@ class BlockProxy(nn.Module):
         self.prefetcher = prefetcher
         self.index = index
 
+    @property
+    def self_attn(self) -> Any:
+        """The self-attention of the block's copy, for hooks: they stay when its weights come and go."""
+        return self.prefetcher.placeholders[self.index].self_attn
+
     def forward(self, *inputs: Any) -> Tensor:
         """Inputs and result are the block's."""
         return self.prefetcher.fetch(self.index)(*inputs)

@@ -24,12 +24,12 @@ from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
 from wan_mini.pipeline import SamplingConfig, Transfer, decode
-from wan_mini.runs.folder import Panel, load_tensors, save_tensors, write_record, write_result
+from wan_mini.runs.folder import Panel, load_tensors, public_label, save_tensors, write_record, write_result
 from wan_mini.runs.jobs import run_jobs
 from wan_mini.runs.provenance import sha256_clip, versions
-from wan_mini.runs.request import Method, Request, apply_flags, build_parser, load_preset, request_of
+from wan_mini.runs.request import Method, Request, apply_flags, build_parser, request_of
 from wan_mini.tiny import demo
-from wan_mini.video import read_video
+from wan_mini.video import read_video, write_video
 
 FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
 ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
@@ -77,7 +77,7 @@ def start(method: Method, args: Namespace, device: torch.device, ranks: OneProce
     timer = StageTimer(device)
     with timer("plan"):
         name, parts, checkpoint = open_model(args.model)
-        clip, config = load_preset(preset_folder(args.model, name), method.config)
+        clip, config = method.load_preset(preset_folder(args.model, name), method.config)
         clip, config = apply_flags(args, clip, config)
         plans = partial(plan_memory, method, parts, clip, config, dtype)
         if args.dry_run:
@@ -145,6 +145,8 @@ def execute(method: Method, request: Request, load: Callable[[], Wan], timer: St
         return
     with timer("write"):
         files = write_result(request.folder, panels, settings, tile=ARROW_TILE, png=request.png)
+        for name, pixels in result.others.items():
+            files.append(write_video(request.folder / f"{name}.webp", pixels, clip.fps, public_label(settings)))
     save(result)  # again, with all costs
     print("wrote", ", ".join(str(file) for file in files))
     print_summary(request, timer, result, panels)
@@ -224,6 +226,7 @@ def plan_memory(
         cfg_passes=1 if config.cfg == 1 else 2,
         vae_tile=config.vae_tile,
         gradient=method.gradient(config),
+        gradient_stage=method.stage,
     )
 
 

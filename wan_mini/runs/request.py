@@ -29,6 +29,20 @@ from wan_mini.tiny import demo
 FLAG_OPTIONS = ("amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
 
 
+def add_no_flags(parser: Parser) -> None:
+    """A method without flags of its own."""
+
+
+def load_preset(folder: Path | None, config: Any) -> tuple[ClipConfig, Any]:
+    """A checkpoint folder's own options (motion.json) in place of the defaults, where it has some.
+
+    Raises UserError on a file that holds anything else.
+    """
+    preset = read_preset(folder)
+    clip = with_options(ClipConfig(), preset.get("clip", {}), f"{folder}/motion.json: clip")
+    return clip, with_options(config, preset.get("motion", {}), f"{folder}/motion.json: motion")
+
+
 @dataclass(frozen=True)
 class Method:
     """A motion-transfer method as its command line needs it."""
@@ -39,6 +53,9 @@ class Method:
     gradient: Callable[[Any], Gradient | None]  # of these options: one gradient of the guidance, or None without any
     costs: Callable[[Any, WanDiT, tuple[int, int, int]], list[str]]  # what the guidance costs, in lines for --dry-run
     unguided: Callable[[Any], Any]  # the options without guidance
+    stage: str = "guide"  # under which the memory of its gradient is shown
+    add_flags: Callable[[Parser], None] = add_no_flags  # flags of its own
+    load_preset: Callable[[Path | None, Any], tuple[ClipConfig, Any]] = load_preset  # a folder's options
 
 
 @dataclass(frozen=True)
@@ -88,8 +105,9 @@ def build_parser(method: Method) -> Parser:
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
     content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
     options = parser.add_argument_group("method")
-    options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
-    options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
+    if "amf" in field_names(config):
+        options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
+        options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
     options.add_argument("--steps", type=int, help=f"denoising steps ({config.steps}; tiny 25)")
     names = ", ".join([*field_names(clip), *field_names(config)])
     text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"
@@ -103,25 +121,16 @@ def build_parser(method: Method) -> Parser:
     output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
     output.add_argument("--jobs", type=Path, metavar="FILE", help="do many runs, one a line of JSON (runs/jobs.py)")
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
+    method.add_flags(parser)
     add_common_flags(parser, f"fastvmt-mini {package_version()}")
     return parser
-
-
-def load_preset(folder: Path | None, config: Any) -> tuple[ClipConfig, Any]:
-    """A checkpoint folder's own options (motion.json) in place of the defaults, where it has some.
-
-    Raises UserError on a file that holds anything else.
-    """
-    preset = read_preset(folder)
-    clip = with_options(ClipConfig(), preset.get("clip", {}), f"{folder}/motion.json: clip")
-    return clip, with_options(config, preset.get("motion", {}), f"{folder}/motion.json: motion")
 
 
 def apply_flags(args: Namespace, clip: ClipConfig, config: Any) -> tuple[ClipConfig, Any]:
     """Both configs with what the command line changes. Sizes are rounded with a note."""
     flags = {}
     for name in FLAG_OPTIONS:
-        if getattr(args, name) is not None:
+        if getattr(args, name, None) is not None:
             flags[name] = getattr(args, name)
     options = parse_pairs(args.set)
     twice = sorted(flags.keys() & options.keys())

@@ -1,0 +1,103 @@
+"""Rows of a table of methods: a CSV that a stopped run goes on with, and what is printed of it."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evaluate import mean_with_interval
+from wan_mini.errors import UserError
+
+Row = dict[str, Any]
+MEASURES = (
+    "correlation",
+    "error_px",
+    "fidelity",
+    "published",
+    "color_ok",
+    "shape_ok",
+    "background_ok",
+    "leak",
+    "subject",
+    "temporal",
+    "background",
+    "smoothness",
+    "jerk",
+    "dynamic",
+    "gradients",
+    "seconds",
+    "peak_gb",
+)
+COLUMNS = ("clip", "kind", "method", "settings", *MEASURES)
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of an earlier run, numbers as numbers, NaN where a cell is empty; none if there is no file yet.
+
+    Raises UserError on a file with other columns.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != COLUMNS:
+            raise UserError(f"{path} has other columns than this table: choose another --csv")
+        for cells in reader:
+            row: Row = dict(cells)
+            for name in MEASURES:
+                row[name] = float(cells[name] or "nan")
+            rows.append(row)
+    return rows
+
+
+def append_rows(rows: Iterator[Row], path: Path) -> None:
+    """Write each row as soon as it is there, behind those of an earlier run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            cells = {}
+            for name, value in row.items():
+                number = isinstance(value, (bool, int, float, np.floating))
+                cells[name] = f"{value:.6g}" if number and not np.isnan(value) else value
+                if number and np.isnan(value):
+                    cells[name] = ""
+            writer.writerow(cells)
+            file.flush()
+            print(row["clip"], row["method"], flush=True)
+
+
+def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
+    """Means over all clips with half of a 95 % interval, in Markdown; a dash where nothing was measured."""
+    chance = dict.fromkeys(row["method"] for row in rows if not row["settings"])
+    lines = ["| method | clips | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    for method in [*methods, *chance]:
+        group = [row for row in rows if row["method"] == method]
+        cells = [method, str(len(group))]
+        for name in MEASURES:
+            cells.append(mean_with_interval(np.array([row[name] for row in group], dtype=float)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ranks(rows: Sequence[Row]) -> list[str]:
+    """FastVMT's place by correlation (most first) and by seconds (least first), on the clips that every method has."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["settings"]))
+    clips = set.intersection(*({row["clip"] for row in rows if row["method"] == name} for name in methods))
+    if "fastvmt" not in methods or not clips:
+        return []
+    lines = []
+    for name, sign in (("correlation", -1), ("seconds", 1)):
+        means = {}
+        for method in methods:
+            values = [row[name] for row in rows if row["method"] == method and row["clip"] in clips]
+            means[method] = sign * float(np.nanmean(values))
+        rank = sorted(means, key=means.__getitem__).index("fastvmt") + 1
+        lines.append(f"fastvmt is number {rank} of {len(methods)} by {name}, on {len(clips)} clips")
+    return lines

@@ -1,0 +1,194 @@
+"""The training-free peers by name, and a whole run with one of them.
+
+The two lines that it takes:
+
+    config = preset_of(folder, "moft")[1]
+    result = transfer(wan, clip, prompt, config, seed=0)
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wan_mini.config import ClipConfig
+from wan_mini.device.flops import forward_flops, gradient_flops
+from wan_mini.device.memory import Gradient, choose_recompute
+from wan_mini.device.offload import on_device
+from wan_mini.device.select import exact_float32
+from wan_mini.dit import WanDiT
+from wan_mini.errors import check_choice
+from wan_mini.load import Wan
+from wan_mini.peers.config import PeerConfig
+from wan_mini.peers.ditflow import DiTFlow, DiTFlowConfig, displacement
+from wan_mini.peers.flowmotion import FlowMotion, FlowMotionConfig
+from wan_mini.peers.guidance import PeerGuidance
+from wan_mini.peers.moft import MOFT, MOFTConfig
+from wan_mini.peers.motionclone import MotionClone, MotionCloneConfig
+from wan_mini.peers.smm import SMM, SMMConfig
+from wan_mini.pipeline import Timer, Transfer, decode, denoise, no_timer
+from wan_mini.prompts import encode_prompts
+from wan_mini.runs.cli import field_names, with_options
+from wan_mini.runs.folder import read_preset
+from wan_mini.scheduler import FlowEuler
+from wan_mini.video import to_tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A training-free peer: its options at its authors' schedule, and its guidance."""
+
+    config: PeerConfig
+    guidance: type[PeerGuidance]
+
+
+PEERS = {
+    "ditflow": Peer(DiTFlowConfig(), DiTFlow),
+    "smm": Peer(SMMConfig(), SMM),
+    "moft": Peer(MOFTConfig(), MOFT),
+    "motionclone": Peer(MotionCloneConfig(), MotionClone),
+    "flowmotion": Peer(FlowMotionConfig(), FlowMotion),
+}
+BUDGETS = ("equal", "own")
+SAMPLING = ("steps", "shift", "cfg", "negative")  # what a checkpoint's preset says for every method
+BUDGET = ("guidance_fraction", "optim_steps", "lr")  # what it says of FastVMT's guidance
+
+
+def peer_of(config: PeerConfig) -> Peer:
+    """The peer whose options these are."""
+    (peer,) = (peer for peer in PEERS.values() if type(peer.config) is type(config))
+    return peer
+
+
+def preset_of(folder: Path | None, name: str, budget: str = "equal") -> tuple[ClipConfig, PeerConfig]:
+    """A peer's options for a checkpoint, by its motion.json; without one, its authors'.
+
+    budget "equal": the guided share, updates and rates of FastVMT's preset. "own": the authors' share and updates, with
+    rates scaled until their sum over all updates is that of the preset, so that both can move a latent equally far.
+    """
+    check_choice("budget", budget, BUDGETS)
+    preset = read_preset(folder)
+    clip = with_options(ClipConfig(), preset.get("clip", {}), f"{folder}/motion.json: clip")
+    motion = preset.get("motion", {})
+    config = PEERS[name].config
+    known = (*SAMPLING, "block", "tau")
+    options = {key: value for key, value in motion.items() if key in known and key in field_names(config)}
+    own = with_options(config, options, f"{folder}/motion.json: motion")
+    if not motion:
+        return clip, own
+    shared = {"optim_steps": 10, "lr_over": "updates"} | {key: motion[key] for key in BUDGET if key in motion}
+    equal = with_options(own, shared, f"{folder}/motion.json: motion")
+    if budget == "equal":
+        return clip, equal
+    scale = equal.travel() / own.travel()
+    return clip, replace(own, lr=(scale * own.lr[0], scale * own.lr[1]))
+
+
+@torch.no_grad()
+def transfer(
+    wan: Wan,
+    clip: np.ndarray,
+    prompt: str,
+    config: PeerConfig,
+    *,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    offload_blocks: bool = False,
+    recompute: str | None = None,
+    timer: Timer = no_timer,
+    on_latents: Callable[[Transfer], None] | None = None,
+) -> Transfer:
+    """Generate a video of `prompt` that moves like `clip`, by the peer whose options `config` holds.
+
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where `wan` works; None: where its transformer is.
+    offload_blocks: keep only the blocks at work there. recompute: one of dit.RECOMPUTE; None: the least that fits.
+    on_latents gets the result before it is decoded. Raises UserError on sizes that do not fit, FloatingPointError.
+    """
+    device = wan.device if device is None else torch.device(device)
+    with timer("text"):
+        prompts = [prompt, config.negative, ""]
+        text, negative_text, empty_text = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
+    with timer("encode"), on_device(wan.vae, device), exact_float32(device):
+        video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
+        reference = wan.vae.encode(video, tile=config.vae_tile, progress=partial(tqdm, desc="encode"))
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    scheduler = FlowEuler(config.steps, config.shift, config.strength)
+    sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
+    latents = (1 - sigma) * reference + sigma * noise
+    gradient = gradient_of(config)
+    with ExitStack() as stack:
+        with timer("move"):
+            stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
+        if recompute is None and gradient is not None:
+            with timer("guide"):
+                recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
+        kind = peer_of(config).guidance
+        guide = kind(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
+        with closing(guide):
+            latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, guidance=guide, timer=timer)
+        with timer("flows"):
+            flows = clean_flow(wan.dit, reference, empty_text), clean_flow(wan.dit, latents, empty_text)
+    result = Transfer(latents, flows, guide.report())
+    if on_latents is not None:
+        on_latents(result)
+    with timer("decode"), on_device(wan.vae, device):
+        result.frames = decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
+    return result
+
+
+@torch.no_grad()
+def clean_flow(dit: WanDiT, latents: Tensor, empty_text: Tensor) -> Tensor:
+    """Flow of a clean clip (1,16,F,h,w) from each latent frame to the next, (F-1,S,2) in tokens, for the preview."""
+    q, k = dit(latents, torch.zeros(1), empty_text, qk_block=PeerConfig().block_of(dit))
+    flow = displacement(q, k, dit.grid(latents))  # (F,F,S,2)
+    return flow.diagonal(1).permute(2, 0, 1)  # frames i to i + 1: (S,2,F-1) -> (F-1,S,2)
+
+
+@cache  # equal options give the same function, by which gradient_bytes knows what it has counted
+def gradient_of(config: PeerConfig) -> Gradient | None:
+    """One gradient of the guidance as far as memory is concerned, None where none goes through the transformer."""
+
+    def gradient(dit: WanDiT, latents: Tensor, text: Tensor, recompute: str) -> None:
+        guidance = peer_of(config).guidance(dit, latents, latents, text, text, config, recompute)
+        x = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            features = guidance.features(x, torch.tensor(500.0), text)
+            with torch.no_grad():
+                target = guidance.target_of(features)
+            torch.autograd.grad(guidance.distance(features, target), x)
+
+    through_model = config.guided_steps > 0 and not isinstance(config, FlowMotionConfig)
+    return gradient if through_model else None
+
+
+def unguided(config: PeerConfig) -> PeerConfig:
+    """The options without guidance."""
+    return replace(config, guidance_fraction=0.0)
+
+
+def costs(config: PeerConfig, dit: WanDiT, grid: tuple[int, int, int]) -> list[str]:
+    """What guiding a clip with this token grid costs, in lines for --dry-run."""
+    block, tokens = config.block_of(dit), math.prod(grid)
+    updates = config.guided_steps * config.optim_steps
+    head = f"guidance     {config.guided_steps} of {config.steps} steps"
+    if isinstance(config, FlowMotionConfig):
+        of_video = updates if config.velocity == "update" else config.guided_steps
+        of_reference = config.guided_steps if config.reference == "noised" else 0
+        flops = (of_video + of_reference) * forward_flops(dit.config, tokens)
+        return [f"{head}, no gradient of the model", f"             {updates} updates, {flops / 1e12:,.1f} TFLOP"]
+    gradients = updates
+    if isinstance(config, MotionCloneConfig) and config.update == "score":
+        gradients = config.guided_steps
+    flops = gradients * gradient_flops(dit.config, tokens, block)
+    flops += forward_flops(dit.config, tokens, block) * (config.guided_steps if config.reference == "noised" else 1)
+    return [
+        f"{head}, block {block} of {dit.config.num_layers}",
+        f"             {gradients} gradients, {flops / 1e12:,.1f} TFLOP",
+    ]
