@@ -15,12 +15,19 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_mini.errors import MissingFile, UserError
-from wan_mini.layouts import COMFY, IGNORED, SOURCES, Layout, detect, download_hint, rename
+from wan_mini.layouts import IGNORED, Layout, detect, download_hint, rename
 from wan_mini.sizes import Configs
 
 WEIGHT_FILES = (".safetensors", ".pth")
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch
+DTYPES = {  # safetensors -> torch; float8 has a scale beside it, see fp8.py
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 class TensorHeader(NamedTuple):
@@ -121,20 +128,17 @@ def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
 
 
 def index_tensors(part: Part) -> dict[str, TensorHeader]:
-    """{our name: where it is}, once every tensor is known to be of a plain dtype and to come from one file only.
+    """{our name: where it is}, once every tensor is known to be of a float dtype and to come from one file only.
 
-    Raises UserError on fp8 weights, and on two files that hold the same tensor.
+    Raises UserError on weights of another dtype, and on two files that hold the same tensor.
     """
     index: dict[str, TensorHeader] = {}
     for tensor in part.tensors:
         if tensor.key not in part.names:
             continue  # the tokenizer's bytes
-        if tensor.dtype not in DTYPES.values() or re.search(r"scale_weight$|scaled_fp8$", tensor.key):
-            fp16 = SOURCES[part.layout.part].comfy
-            if 5120 in tensor.shape:
-                fp16 = fp16.replace("1.3B", "14B")
-            got = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
-            raise UserError(f"{got}, get {fp16} of {COMFY}")
+        if tensor.dtype not in DTYPES.values():
+            got = f"{tensor.file}: {tensor.key} holds {tensor.dtype}, not one of {', '.join(DTYPES.values())}"
+            raise UserError(f"{got}: {download_hint(part.layout.part)}")
         name = part.names[tensor.key]
         other = index.setdefault(name, tensor)
         if other.file != tensor.file and {other.key, tensor.key} != TIED:

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 PREFIX = r"^(model\.)?diffusion_model\."  # some single-file DiTs are cut out of a larger checkpoint
-IGNORED = r"^spiece_model$"  # Comfy-Org keeps the tokenizer's bytes beside the text encoder's weights
+# No weights: the tokenizer's bytes beside Comfy-Org's text encoder, and what belongs to 8-bit weights (fp8.py).
+IGNORED = r"^(spiece_model|(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant))$"
 
 # Repositories on Hugging Face.
 ORIGINAL = "Wan-AI/Wan2.1-T2V-1.3B"

@@ -19,27 +19,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_mini.checkpoint import (
-    Checkpoint,
-    Part,
-    TensorHeader,
-    abbreviate,
-    index_tensors,
-    missing_shards,
-    read_checkpoint,
-    read_tensors,
-)
+from wan_mini.build import MODULES, build_and_check
+from wan_mini.checkpoint import Checkpoint, Part, read_checkpoint, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.fp8 import read_scales
 from wan_mini.hashes import FileHasher
 from wan_mini.layouts import download_hint
-from wan_mini.sizes import CONFIGS
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
-MODULES: dict[str, type[nn.Module]] = {"dit": WanDiT, "vae": WanVAE, "text_encoder": UMT5Encoder}
 NAMES = {T2V_1_3B: "Wan2.1-T2V-1.3B", T2V_14B: "Wan2.1-T2V-14B", TINY: "tiny"}
 PRESETS: dict[str, dict[str, Any]] = {
     "Wan2.1-T2V-1.3B": {"dit": T2V_1_3B, "vae": WAN_VAE, "text_encoder": UMT5_XXL},
@@ -210,42 +201,6 @@ def _model_name(modules: dict[str, nn.Module]) -> str:
     return NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
 
 
-def build_and_check(part: Part) -> nn.Module:
-    """The part's module on the meta device, once the headers alone have shown that the files fill it exactly.
-
-    Raises UserError that names tensors and files if any is missing, unexpected or of another shape.
-    """
-    index = index_tensors(part)
-    shapes = {name: tensor.shape for name, tensor in index.items()}
-    try:
-        config = CONFIGS[part.layout.part](shapes, part.configs)
-    except KeyError as name:
-        raise UserError(f"{part.location}: tensor {name} is missing{missing_shards(part)}") from None
-    except ValueError as problem:
-        raise UserError(f"{part.location}: {problem}; is its config.json beside it?") from None
-    with torch.device("meta"):
-        module = MODULES[part.layout.part](config)
-    for fault, names in _compare_shapes(module, index).items():
-        if names:
-            listed = f"{len(names)} tensors {fault}: {abbreviate(names)}"
-            raise UserError(f"{part.location}: {listed}{missing_shards(part)}")
-    return module
-
-
-def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[str, list[str]]:
-    """{fault: descriptions of the tensors that have it} of the files' tensors against a module's."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing = [name for name in expected if name not in index]
-    unexpected = []
-    wrong_shape = []
-    for name, tensor in index.items():
-        if name not in expected:
-            unexpected.append(f"{tensor.key} in {tensor.file}")
-        elif tensor.shape != expected[name]:
-            wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
-    return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
-
-
 def load_weights(
     module: nn.Module,
     part: Part,
@@ -259,14 +214,17 @@ def load_weights(
     finite or all zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
+    scales = read_scales(part)
     for file in part.files:
         tensors = read_tensors(file, part.keys(file))
         if hasher is not None:
             tensors = hasher.watch(file, tensors)
         for key, tensor in tensors:
             if key not in part.names:
-                continue  # the tokenizer's bytes
+                continue  # the tokenizer's bytes, the scale of an fp8 weight
             name = part.names[key]
+            if key in scales:
+                tensor = tensor.float() * scales[key]
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
             del tensor  # it keeps its file mapped
             if name not in state:
