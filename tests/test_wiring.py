@@ -21,6 +21,7 @@ import torch
 from conftest import random_checkpoint
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import fastvmt
 from fastvmt import MotionConfig, main, transfer
@@ -35,6 +36,7 @@ from wan_mini.errors import UserError
 from wan_mini.generate import GenerateConfig
 from wan_mini.generate import program as generate_program
 from wan_mini.load import Wan, build_from_folder, load_wan
+from wan_mini.lora_files import LoraFile
 from wan_mini.pipeline import SamplingConfig, decode
 from wan_mini.prompts import NEGATIVE
 from wan_mini.runs import program as program_module
@@ -238,6 +240,29 @@ def _(program, base, monkeypatch, capsys):
     differs(got, base)
     assert got.record["model"] == str(other.resolve()) == got.settings["model"]
     assert base.record["model"] == str(program.model.resolve())
+
+
+def write_lora(program: Any, name: str) -> Path:
+    """A LoRA for one matrix of the small checkpoint."""
+    q = program.wan.dit.blocks[1].self_attn.q.weight
+    parts = {"lora_A": torch.randn(2, q.shape[1]), "lora_B": torch.randn(q.shape[0], 2)}
+    file = program.place / name
+    save_file({f"diffusion_model.blocks.1.self_attn.q.{part}.weight": t for part, t in parts.items()}, file)
+    return file
+
+
+@flag("--lora")
+def _(program, base, monkeypatch, capsys):
+    """As a model with both files merged by hand; the record names and hashes them, and a 4-step LoRA gets a note."""
+    files = [write_lora(program, "style.safetensors"), write_lora(program, "x_4steps.safetensors")]
+    got = program.run("--lora", str(files[0]), "--lora", f"{files[1]}:0.5")
+    loras = [LoraFile(files[0]), LoraFile(files[1], 0.5)]
+    same(got, program.by_hand(wan=load_wan(program.model, device="cpu", dtype=torch.float32, loras=loras)))
+    differs(got, base)
+    assert got.record["loras"] == ["style.safetensors:1", "x_4steps.safetensors:0.5"] and base.record["loras"] == []
+    assert got.record["checkpoint_sha256"] == base.record["checkpoint_sha256"] | {f.name: sha256(f) for f in files}
+    notes = [line for line in capsys.readouterr().out.splitlines() if "distilled" in line]
+    assert len(notes) == 1 and notes[0].startswith("note: x_4steps.safetensors seems to be distilled")
 
 
 @flag("--ref")
@@ -606,7 +631,18 @@ OPTIONS = {"--prompt": ("a red fox", {"prompt": "a red fox"}), "--negative": ("a
 OPTIONS |= {"--height": ("32", {"height": 32}), "--width": ("64", {"width": 64}), "--frames": ("9", {"frames": 9})}
 OPTIONS |= {"--steps": ("3", {"steps": 3}), "--sampler": ("euler", {"sampler": "euler"})}
 OPTIONS |= {"--shift": ("2.5", {"shift": 2.5}), "--cfg": ("2.0", {"cfg": 2.0}), "--seed": ("11", {"seed": 11})}
-OTHERS = {"--model", "--dtype", "--out", "--device", "--offload", "--compile", "--decode", "--version", "--traceback"}
+OTHERS = {
+    "--model",
+    "--lora",
+    "--dtype",
+    "--out",
+    "--device",
+    "--offload",
+    "--compile",
+    "--decode",
+    "--version",
+    "--traceback",
+}
 
 
 class Generate:
@@ -668,6 +704,14 @@ def test_model_and_dtype_of_generate(generate, plain):
         _, latents, _ = generate.run(*flags)
         assert torch.equal(latents, generate.by_hand(wan=load_wan(folder, device="cpu", dtype=dtype)))
         assert (latents - plain[1]).abs().max() > 1e-4
+
+
+def test_lora_of_generate(generate, plain):
+    file = write_lora(generate, "lora.safetensors")
+    _, latents, settings = generate.run("--lora", f"{file}:2")
+    merged = load_wan(generate.model, device="cpu", dtype=torch.float32, loras=[LoraFile(file, 2.0)])
+    assert torch.equal(latents, generate.by_hand(wan=merged)) and not torch.equal(latents, plain[1])
+    assert settings["loras"] == ["lora.safetensors:2"]
 
 
 def test_out_and_decode_of_generate(generate, plain, monkeypatch):

@@ -3,6 +3,7 @@
 python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over the sea"
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from wan_mini.device.select import (
 )
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_vae, load_wan
+from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
@@ -89,6 +91,7 @@ def parser() -> Parser:
     clip, config = ClipConfig(), GenerateConfig()
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
+    add_lora_flag(p)
     p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
@@ -140,7 +143,8 @@ def program(argv: list[str] | None) -> None:
         print(f"note: {asked} become {clip.frames} of {clip.width}x{clip.height}")
     dtype = pick_dtype(device, args.dtype)
     home = torch.device("cpu") if args.offload else device
-    wan = load_wan(args.model, device=home, dtype=dtype)
+    loras = parse_loras(args.lora, args.model)
+    wan = load_wan(args.model, device=home, dtype=dtype, loras=loras)
     if args.compile:
         compile_blocks(wan.dit)
     names = field_names(GenerateConfig())
@@ -149,11 +153,18 @@ def program(argv: list[str] | None) -> None:
     attention = pick_attention(device)
     print(f"{wan.name} on {describe(device, dtype, attention)}, seed {args.seed}, {clip.frames} frames")
     with attention_backend(attention):
-        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out)
+        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out, loras)
 
 
 def write_new_video(
-    wan: Wan, prompt: str, clip: ClipConfig, config: GenerateConfig, seed: int, device: torch.device, out: Path
+    wan: Wan,
+    prompt: str,
+    clip: ClipConfig,
+    config: GenerateConfig,
+    seed: int,
+    device: torch.device,
+    out: Path,
+    loras: Sequence[LoraFile] = (),
 ) -> None:
     """Generate, save the latents beside the video, decode, write."""
     scheduler = SAMPLERS[config.sampler](config.steps, config.shift)
@@ -170,6 +181,7 @@ def write_new_video(
     )
     settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}
     settings |= {"dtype": str(wan.dtype).removeprefix("torch."), **asdict(config), **asdict(clip)}
+    settings["loras"] = [str(lora) for lora in loras]
     save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
     with on_device(wan.vae, device):
         frames = decode(wan.vae, latents, dtype=wan.dtype)

@@ -11,6 +11,7 @@ in a folder.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -25,8 +26,9 @@ from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_X
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.fp8 import read_scales
-from wan_mini.hashes import FileHasher
+from wan_mini.hashes import FileHasher, sha256_file
 from wan_mini.layouts import download_hint
+from wan_mini.lora_files import Changes, LoraFile, read_loras
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -72,12 +74,14 @@ def load_wan(
     device: torch.device | str,
     dtype: torch.dtype,
     hash_files: bool = True,
+    loras: Sequence[LoraFile] = (),
 ) -> Wan:
     """Load a checkpoint folder of any layout, or one whose headers read_checkpoint has read.
 
     dtype is for the DiT (but for what keeps float32) and the text encoder. The VAE is always float32, because encoding
     in bfloat16 shifts trajectories. All headers are checked before any weight is read. hash_files: fill Wan.hashes,
-    from what is read anyway or from a cache. Raises MissingFile for a missing part and UserError for a bad one.
+    from what is read anyway or from a cache. loras: files that are merged into the DiT's weights.
+    Raises MissingFile for a missing part and UserError for a bad one.
     """
     checkpoint = _open_folder(folder)
     tokenizer = load_tokenizer(checkpoint.path)
@@ -85,11 +89,14 @@ def load_wan(
     hasher = FileHasher() if hash_files else None
     for kind, module in modules.items():
         part_dtype = torch.float32 if kind == "vae" else dtype
-        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher)
+        changes = read_loras(loras, module) if kind == "dit" else {}
+        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher, changes)
     hashes = {}
     if hasher is not None:
         for file, digest in sorted(hasher.digests.items()):
             hashes[file.relative_to(checkpoint.path).as_posix()] = digest
+        for lora in loras:
+            hashes[lora.path.name] = sha256_file(lora.path)
     return Wan(
         dit=cast(WanDiT, modules["dit"]),
         vae=cast(WanVAE, modules["vae"]),
@@ -123,9 +130,11 @@ def build_preset(name: str) -> tuple[str, dict[str, nn.Module]]:
     return name, modules
 
 
-def load_dit(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
+def load_dit(
+    path: str | Path, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[LoraFile] = ()
+) -> WanDiT:
     """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan."""
-    return cast(WanDiT, _load_part("dit", path, device, dtype))
+    return cast(WanDiT, _load_part("dit", path, device, dtype, loras))
 
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
@@ -182,10 +191,13 @@ def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
     return read_checkpoint(path)
 
 
-def _load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def _load_part(
+    kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype, loras: Sequence[LoraFile] = ()
+) -> nn.Module:
     """Find, check and read one part."""
     part = read_checkpoint(path).require(kind)
-    return load_weights(build_and_check(part), part, device, dtype)
+    module = build_and_check(part)
+    return load_weights(module, part, device, dtype, changes=read_loras(loras, module))
 
 
 def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
@@ -207,10 +219,12 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     hasher: FileHasher | None = None,
+    changes: Changes | None = None,
 ) -> nn.Module:
     """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-    So the peak of memory is the module and the mapped pages of one file. Raises UserError on a tensor that is not
+    So the peak of memory is the module and the mapped pages of one file. changes: what is added to some parameters.
+    Raises UserError on a tensor that is not
     finite or all zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
@@ -225,6 +239,8 @@ def load_weights(
             name = part.names[key]
             if key in scales:
                 tensor = tensor.float() * scales[key]
+            for change in (changes or {}).get(name, []):
+                tensor = change.added_to(tensor)
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
             del tensor  # it keeps its file mapped
             if name not in state:

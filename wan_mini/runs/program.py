@@ -84,7 +84,7 @@ def execute(method: Method, request: Request, model: Path | Checkpoint, timer: S
         clip, frames = read_reference(request)
     with timer("load"):
         home = request.device if request.offload == "none" else torch.device("cpu")
-        wan = load_wan(model, device=home, dtype=request.dtype)
+        wan = load_wan(model, device=home, dtype=request.dtype, loras=request.loras)
         if request.compile:
             compile_blocks(wan.dit)
     settings = settings_of(request, clip, frames)
@@ -134,6 +134,7 @@ def settings_of(request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[
         "ref_sha256": sha256_clip(frames),
         "prompt": request.prompt,
         "seed": request.seed,
+        "loras": [str(lora) for lora in request.loras],
         "device": request.device.type,
         "dtype": str(request.dtype),
         "clip": asdict(clip),

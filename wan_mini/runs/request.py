@@ -19,6 +19,7 @@ from wan_mini.device.offload import OFFLOAD
 from wan_mini.device.select import DTYPES
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
+from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
 from wan_mini.runs.folder import check_new_folder, read_preset
@@ -58,6 +59,7 @@ class Request:
     folder: Path
     png: bool
     unguided: bool  # show the same seed without guidance too
+    loras: tuple[LoraFile, ...] = ()  # merged into the transformer
 
 
 def build_parser(method: Method) -> Parser:
@@ -68,6 +70,7 @@ def build_parser(method: Method) -> Parser:
     parser = Parser(prog=method.prog, description=summary)
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
+    add_lora_flag(model)
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
     text = (
@@ -191,4 +194,5 @@ def request_of(
         folder=check_new_folder(folder),
         png=args.png,
         unguided=args.unguided or args.model is None,
+        loras=parse_loras(args.lora, model),
     )
