@@ -1,5 +1,9 @@
 """From the headers of a part to its module on the meta device: sizes, names and shapes must fit exactly."""
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -7,6 +11,7 @@ from wan_mini.checkpoint import Part, TensorHeader, abbreviate, index_tensors, m
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.fp8 import scale_headers
+from wan_mini.other_models import refuse_other_models
 from wan_mini.sizes import CONFIGS
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -22,6 +27,7 @@ def build_and_check(part: Part) -> nn.Module:
     index = index_tensors(part)
     scale_headers(part)  # refuses 8-bit weights without one
     shapes = {name: tensor.shape for name, tensor in index.items()}
+    refuse_other_models(part.location, shapes)
     try:
         config = CONFIGS[part.layout.part](shapes, part.configs)
     except KeyError as name:
@@ -49,3 +55,13 @@ def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[s
         elif tensor.shape != expected[name]:
             wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
     return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
+
+
+def check_parts_fit(path: Path, modules: Mapping[str, Any]) -> None:
+    """Raises UserError unless the DiT takes the VAE's latents and the text encoder's vectors."""
+    dit, vae, encoder = (modules[kind].config for kind in ("dit", "vae", "text_encoder"))
+    if dit.in_dim != vae.z_dim:
+        raise UserError(f"{path}: the dit takes {dit.in_dim} channels and the vae gives {vae.z_dim}: of two models?")
+    if dit.text_dim != encoder.dim:
+        widths = f"the dit takes text of width {dit.text_dim} and the text encoder gives {encoder.dim}"
+        raise UserError(f"{path}: {widths}: of two models?")

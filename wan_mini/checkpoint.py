@@ -16,9 +16,11 @@ from torch import Tensor
 
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import IGNORED, Layout, detect, download_hint, rename
+from wan_mini.other_models import name_gguf, refuse_gguf
 from wan_mini.sizes import Configs
 
 WEIGHT_FILES = (".safetensors", ".pth")
+LOW_NOISE = "low_noise_dit"  # the second transformer of Wan 2.2 A14B; the first one is its "dit"
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
 DTYPES = {  # safetensors -> torch; float8 has a scale beside it, see fp8.py
     "F64": "float64",
@@ -80,7 +82,7 @@ class Checkpoint:
     def require(self, kind: str) -> Part:
         """The part of this kind. Raises MissingFile that says where to get it."""
         if kind not in self.parts:
-            raise MissingFile(f"no {kind} in {self.path}, {download_hint(kind)}")
+            raise MissingFile(f"no {kind} in {self.path}, {name_gguf(self.path)}{download_hint(kind)}")
         return self.parts[kind]
 
 
@@ -101,12 +103,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         headers, config = read_header(file)
         layout = detect(tensor.key for tensor in headers)
         if layout is not None:
-            tensors.setdefault(layout.part, []).extend(headers)
-            configs.setdefault(layout.part, []).append(config)
+            kind = _kind(layout.part, str(file).removeprefix(str(path)))
+            tensors.setdefault(kind, []).extend(headers)
+            configs.setdefault(kind, []).append(config)
     parts = {}
     for kind in tensors:
         parts[kind] = _assemble(tensors[kind], configs[kind])
     return Checkpoint(path, parts)
+
+
+def _kind(part: str, name: str) -> str:
+    """The kind of part in a file. The two experts of Wan 2.2 differ in nothing but a file's or folder's name."""
+    if part == "dit" and re.search(r"low.?noise|transformer_2[/\\]", name, re.IGNORECASE):
+        return LOW_NOISE
+    return part
 
 
 def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
@@ -183,6 +193,7 @@ def read_header(file: Path) -> tuple[list[TensorHeader], dict[str, Any]]:
 
     Raises UserError if the file cannot be read.
     """
+    refuse_gguf(file)
     if file.suffix == ".pth":
         tensors = []
         for key, tensor in _unpickle(file).items():

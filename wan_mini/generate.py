@@ -23,6 +23,7 @@ from wan_mini.device.select import (
     pick_dtype,
 )
 from wan_mini.errors import UserError
+from wan_mini.experts import A14B
 from wan_mini.load import Wan, load_vae, load_wan
 from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import decode, denoise
@@ -57,6 +58,8 @@ def preset(name: str, folder: Path) -> GenerateConfig:
     published = GenerateConfig()
     if name == "Wan2.1-T2V-14B":
         published = GenerateConfig(shift=5.0, cfg=5.0)
+    if name == A14B:
+        published = GenerateConfig(shift=12.0, cfg=4.0)  # officially 3 below the boundary
     return with_options(published, own, f"{folder}/motion.json: motion")
 
 

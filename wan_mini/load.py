@@ -20,11 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_mini.build import MODULES, build_and_check
-from wan_mini.checkpoint import Checkpoint, Part, read_checkpoint, read_tensors
+from wan_mini.build import MODULES, build_and_check, check_parts_fit
+from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.experts import A14B, Experts, boundary_of, check_both_experts, loras_for, parts_of
 from wan_mini.fp8 import read_scales
 from wan_mini.hashes import FileHasher, sha256_file
 from wan_mini.layouts import download_hint
@@ -45,7 +46,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Wan:
     """A whole model, ready to run: modules in eval mode, without gradients.
 
-    name: "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "tiny" or "custom". folder: where it was loaded from, if from a folder.
+    dit: two of them behind one (Experts) in Wan 2.2 A14B.
+    name: "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "tiny" or "custom".
+    folder: where it was loaded from, if from a folder.
     hashes: {weight file relative to the folder: SHA-256}, empty unless load_wan hashed them.
     """
 
@@ -89,8 +92,11 @@ def load_wan(
     hasher = FileHasher() if hash_files else None
     for kind, module in modules.items():
         part_dtype = torch.float32 if kind == "vae" else dtype
-        changes = read_loras(loras, module) if kind == "dit" else {}
-        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher, changes)
+        for part, member in parts_of(kind, module):
+            changes = {}
+            if kind == "dit":
+                changes = read_loras(loras_for(part, loras), member)
+            load_weights(member, checkpoint.parts[part], device, part_dtype, hasher, changes)
     hashes = {}
     if hasher is not None:
         for file, digest in sorted(hasher.digests.items()):
@@ -133,7 +139,10 @@ def build_preset(name: str) -> tuple[str, dict[str, nn.Module]]:
 def load_dit(
     path: str | Path, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[LoraFile] = ()
 ) -> WanDiT:
-    """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan."""
+    """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan.
+
+    Of two experts it is the high-noise one.
+    """
     return cast(WanDiT, _load_part("dit", path, device, dtype, loras))
 
 
@@ -205,12 +214,20 @@ def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     modules = {}
     for kind in MODULES:
         modules[kind] = build_and_check(checkpoint.require(kind))
+    check_both_experts(checkpoint, checkpoint.require("dit"))
+    if LOW_NOISE in checkpoint.parts:
+        low_noise = build_and_check(checkpoint.require(LOW_NOISE))
+        modules["dit"] = Experts(modules["dit"], low_noise, boundary_of(checkpoint))
+    check_parts_fit(checkpoint.path, modules)
     return modules
 
 
 def _model_name(modules: dict[str, nn.Module]) -> str:
     """The name of the published model of this size, or "custom"."""
-    return NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
+    name = NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
+    if isinstance(modules["dit"], Experts) and name == "Wan2.1-T2V-14B":
+        return A14B
+    return name
 
 
 def load_weights(
