@@ -37,6 +37,7 @@ from wan_mini.generate import GenerateConfig
 from wan_mini.generate import program as generate_program
 from wan_mini.load import Wan, build_from_folder, load_wan
 from wan_mini.lora_files import LoraFile
+from wan_mini.noise import start_noise
 from wan_mini.pipeline import SamplingConfig, decode
 from wan_mini.prompts import NEGATIVE
 from wan_mini.runs import program as program_module
@@ -158,7 +159,7 @@ FIELDS = {"height": 32, "width": 64, "frames": 5, "fps": 8.0}
 FIELDS |= {"steps": 3, "shift": 5.0, "cfg": 2.0, "negative": "a cube", "strength": 0.7, "vae_tile": 32}
 FIELDS |= {"amf": "dense", "guidance_fraction": 1.0, "optim_steps": 7, "interval": 1, "lr": (0.01, 0.03), "block": 4}
 FIELDS |= {"tau": 1.0, "tile": (1, 2), "window": 2, "span": 1, "alpha": 0.9, "weights": (0.1, 3.0)}
-FIELDS |= {"window_anchor": "self", "reference": "clean", "centroid": "soft"}
+FIELDS |= {"window_anchor": "self", "reference": "clean", "centroid": "soft", "key": "studio"}
 
 
 def test_every_field_has_a_case():
@@ -177,6 +178,8 @@ def test_a_field_reaches_the_run(program, base, name, monkeypatch):
         assert got.record[part] == before | change == got.settings[part]
     if name == "vae_tile":  # the loops know no tiles: encode does it for them
         monkeypatch.setattr(program.wan.vae, "encode", lambda x: WanVAE.encode(program.wan.vae, x, tile=value))
+    if name == "key":  # nor keys: they get this noise from torch
+        monkeypatch.setattr(torch, "randn", lambda shape, **_: start_noise(shape, SEED, "studio", "custom"))
     same(got, program.by_hand(**{name: value}))
     differs(got, base)
 
@@ -320,6 +323,18 @@ option_flag("--width", ["64"], width=64)
 option_flag("--interval", ["1"], interval=1)
 option_flag("--steps", ["3"], steps=3)
 option_flag("--amf", ["dense"], amf="dense")
+
+
+@flag("--key")
+def _(program, base, monkeypatch, capsys):
+    """As --set key=, which is compared with the loops above; "" is no key."""
+    got = program.run("--key", "studio")
+    assert torch.equal(got.latents, program.run(key="studio").latents)
+    assert torch.equal(program.run("--key", "").latents, base.latents)
+    differs(got, base)
+    assert (got.record["config"]["key"], base.record["config"]["key"]) == ("studio", "")
+
+
 option_flag("--set", ["cfg=2.0", "fps=8"], cfg=2.0, fps=8.0)
 
 
@@ -630,6 +645,7 @@ SETTINGS = {"seed": 0, "sampler": "unipc", "steps": 2, "shift": 8.0, "cfg": 6.0,
 OPTIONS = {"--prompt": ("a red fox", {"prompt": "a red fox"}), "--negative": ("a cube", {"negative": "a cube"})}
 OPTIONS |= {"--height": ("32", {"height": 32}), "--width": ("64", {"width": 64}), "--frames": ("9", {"frames": 9})}
 OPTIONS |= {"--steps": ("3", {"steps": 3}), "--sampler": ("euler", {"sampler": "euler"})}
+OPTIONS |= {"--key": ("studio", {"key": "studio"})}
 OPTIONS |= {"--shift": ("2.5", {"shift": 2.5}), "--cfg": ("2.0", {"cfg": 2.0}), "--seed": ("11", {"seed": 11})}
 OTHERS = {
     "--model",

@@ -46,6 +46,7 @@ class GenerateConfig:
     shift: float = 8.0  # of the noise levels; 5 for 14B
     cfg: float = 6.0  # scale of classifier-free guidance; 5 for 14B
     negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
+    key: str = ""  # of the start noise, public text (noise.py); "": none
 
 
 def preset(name: str, folder: Path) -> GenerateConfig:
@@ -74,6 +75,7 @@ def generate(
     cfg: float,
     seed: int,
     negative: str = NEGATIVE,
+    key: str = "",
     device: torch.device | None = None,
 ) -> Tensor:
     """Latents (1,16,F,H/8,W/8) of a video of `frames` = 4k+1 frames and size (height, width), multiples of 16.
@@ -84,7 +86,7 @@ def generate(
     device = wan.device if device is None else device
     text, negative_text = encode_prompts(wan, [prompt, negative], device)
     shape = latent_shape(frames, *size, wan.dit.config.in_dim)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    noise = wan.start_noise(shape, seed, key).to(device)
     with on_device(wan.dit, device):
         return denoise(wan.dit, noise, scheduler, text, negative_text, cfg)
 
@@ -106,6 +108,7 @@ def parser() -> Parser:
     p.add_argument("--shift", type=float, help=f"{config.shift:g} for 1.3B, 5 for 14B")
     p.add_argument("--cfg", type=float, help=f"{config.cfg:g} for 1.3B, 5 for 14B")
     p.add_argument("--seed", type=int, default=0, help="%(default)s")
+    p.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
     p.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
@@ -180,6 +183,7 @@ def write_new_video(
         cfg=config.cfg,
         seed=seed,
         negative=config.negative,
+        key=config.key,
         device=device,
     )
     settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}

@@ -30,6 +30,7 @@ from wan_mini.fp8 import read_scales
 from wan_mini.hashes import FileHasher, sha256_file
 from wan_mini.layouts import download_hint
 from wan_mini.lora_files import Changes, LoraFile, read_loras
+from wan_mini.noise import start_noise
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -69,6 +70,10 @@ class Wan:
     def dtype(self) -> torch.dtype:
         """In which the transformer's matrix products run."""
         return self.dit.patch_embedding.weight.dtype
+
+    def start_noise(self, shape: Sequence[int], seed: int, key: str = "") -> Tensor:
+        """The noise of this model's run with a seed and a key, see noise.start_noise."""
+        return start_noise(shape, seed, key, self.name)
 
 
 def load_wan(

@@ -26,7 +26,7 @@ from wan_mini.runs.folder import check_new_folder, read_preset
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
 
-FLAG_OPTIONS = ("amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
+FLAG_OPTIONS = ("key", "amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def build_parser(method: Method) -> Parser:
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
     content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    content.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     options = parser.add_argument_group("method")
     options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
     options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
