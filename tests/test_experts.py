@@ -242,14 +242,3 @@ def test_gguf_is_refused_by_name(originals, tmp_path):
     folder = shutil.copytree(originals[0], tmp_path / "model")
     shutil.copy(tmp_path / "wan.gguf", folder)
     assert load_wan(folder, **FP32).name == "custom"  # beside a whole model it does no harm
-
-
-def test_parts_of_two_models_are_refused(originals, tmp_path):
-    folder = shutil.copytree(originals[0], tmp_path / "model")
-    for edit, pattern in (
-        (channels(12, 12), "the dit takes 12 channels and the vae gives 16"),
-        (lambda t: t.update({"text_embedding.0.weight": torch.randn(48, 20)}), "text of width 20 and .* gives 16"),
-    ):
-        shutil.copy(edited(originals[0], tmp_path, edit), folder / DIT)
-        with pytest.raises(UserError, match=pattern):
-            load.build_from_folder(folder)

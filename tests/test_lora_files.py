@@ -213,7 +213,7 @@ def test_the_flag_takes_a_strength(tmp_path):
     file.touch()
     assert parse_lora(str(file)) == LoraFile(file, 1.0)
     assert parse_lora(f"{file}:0.8") == LoraFile(file, 0.8)
-    assert str(parse_lora(f"{file}:0.8")) == "a:b.safetensors:0.8"
+    assert str(parse_lora(f"{file}:0.8")) == f"{file}:0.8"
     for text, pattern in ((f"{file}:much", "FILE:STRENGTH, got"), (f"{file}:nan", "strength from"), ("", "no file")):
         with pytest.raises(UserError, match=pattern):
             parse_lora(text)

@@ -42,6 +42,7 @@ from wan_mini.pipeline import SamplingConfig, decode
 from wan_mini.prompts import NEGATIVE
 from wan_mini.runs import program as program_module
 from wan_mini.runs.cli import run, with_options
+from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.world import make_clip
@@ -262,7 +263,9 @@ def _(program, base, monkeypatch, capsys):
     loras = [LoraFile(files[0]), LoraFile(files[1], 0.5)]
     same(got, program.by_hand(wan=load_wan(program.model, device="cpu", dtype=torch.float32, loras=loras)))
     differs(got, base)
-    assert got.record["loras"] == ["style.safetensors:1", "x_4steps.safetensors:0.5"] and base.record["loras"] == []
+    assert got.record["loras"] == [f"{files[0]}:1", f"{files[1]}:0.5"] and base.record["loras"] == []
+    label = json.loads(Image.open(got.folder / "preview.webp").getexif()[0x010E])
+    assert label["loras"] == ["style.safetensors:1", "x_4steps.safetensors:0.5"]
     assert got.record["checkpoint_sha256"] == base.record["checkpoint_sha256"] | {f.name: sha256(f) for f in files}
     notes = [line for line in capsys.readouterr().out.splitlines() if "distilled" in line]
     assert len(notes) == 1 and notes[0].startswith("note: x_4steps.safetensors seems to be distilled")
@@ -355,6 +358,22 @@ def _(program, base, monkeypatch, capsys):
     assert not list(base.folder.glob("*.png"))
     pictures = [np.asarray(Image.open(path)) for path in sorted(got.folder.glob("*.png"))]
     assert np.array_equal(np.stack(pictures), decode(program.wan.vae, got.latents))
+
+
+@flag("--label")
+def _(program, base, monkeypatch, capsys):
+    """On the result, in the preview too, and again by --decode; the latents know nothing of it."""
+    got = program.run("--label", "made by a", "--png")
+    assert torch.equal(got.latents, base.latents)
+    assert (got.record["label"], base.record["label"]) == ("made by a", "")
+    pictures = np.stack([np.asarray(Image.open(path)) for path in sorted(got.folder.glob("*.png"))])
+    assert np.array_equal(pictures, with_label(decode(program.wan.vae, got.latents), "made by a"))
+    assert program.run("--label").record["label"] == "AI-generated"
+    again = program.place / "labeled again"
+    again.mkdir()
+    (again / "latents.safetensors").write_bytes((got.folder / "latents.safetensors").read_bytes())
+    assert main(["--decode", str(again / "latents.safetensors"), "--device", "cpu"]) == 0
+    assert (again / "preview.webp").read_bytes() == (got.folder / "preview.webp").read_bytes()
 
 
 @flag("--unguided")
@@ -650,6 +669,7 @@ OPTIONS |= {"--shift": ("2.5", {"shift": 2.5}), "--cfg": ("2.0", {"cfg": 2.0}), 
 OTHERS = {
     "--model",
     "--lora",
+    "--label",
     "--dtype",
     "--out",
     "--device",
@@ -722,12 +742,20 @@ def test_model_and_dtype_of_generate(generate, plain):
         assert (latents - plain[1]).abs().max() > 1e-4
 
 
+def test_label_of_generate(generate, plain):
+    out, latents, settings = generate.run("--label", "AI")
+    assert torch.equal(latents, plain[1]) and settings["label"] == "AI" and plain[2]["label"] == ""
+    labeled = with_label(decode(generate.wan.vae, latents), "AI")
+    expected = write_video(generate.place / "labeled.webp", labeled, 16)
+    assert np.array_equal(read_video(out), read_video(expected))
+
+
 def test_lora_of_generate(generate, plain):
     file = write_lora(generate, "lora.safetensors")
     _, latents, settings = generate.run("--lora", f"{file}:2")
     merged = load_wan(generate.model, device="cpu", dtype=torch.float32, loras=[LoraFile(file, 2.0)])
     assert torch.equal(latents, generate.by_hand(wan=merged)) and not torch.equal(latents, plain[1])
-    assert settings["loras"] == ["lora.safetensors:2"]
+    assert settings["loras"] == [f"{file}:2"]
 
 
 def test_out_and_decode_of_generate(generate, plain, monkeypatch):

@@ -1,9 +1,5 @@
 """From the headers of a part to its module on the meta device: sizes, names and shapes must fit exactly."""
 
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -55,13 +51,3 @@ def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[s
         elif tensor.shape != expected[name]:
             wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
     return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
-
-
-def check_parts_fit(path: Path, modules: Mapping[str, Any]) -> None:
-    """Raises UserError unless the DiT takes the VAE's latents and the text encoder's vectors."""
-    dit, vae, encoder = (modules[kind].config for kind in ("dit", "vae", "text_encoder"))
-    if dit.in_dim != vae.z_dim:
-        raise UserError(f"{path}: the dit takes {dit.in_dim} channels and the vae gives {vae.z_dim}: of two models?")
-    if dit.text_dim != encoder.dim:
-        widths = f"the dit takes text of width {dit.text_dim} and the text encoder gives {encoder.dim}"
-        raise UserError(f"{path}: {widths}: of two models?")

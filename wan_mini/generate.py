@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +31,8 @@ from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
 from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
-from wan_mini.runs.provenance import package_version
+from wan_mini.runs.label import add_label_flag, with_label
+from wan_mini.runs.provenance import GENERATED, package_version
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.video import write_video
 
@@ -97,6 +99,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     add_lora_flag(p)
+    add_label_flag(p)
     p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
@@ -139,7 +142,7 @@ def program(argv: list[str] | None) -> None:
         vae = load_vae(args.model, device=device, dtype=torch.float32)
         (latents,), settings = load_tensors(args.decode, ["latents"])
         frames = decode(vae, latents, dtype=DTYPES[settings["dtype"]])
-        print("wrote", write_video(args.out, frames, fps=settings["fps"], metadata=settings))
+        write_marked(args.out, frames, settings["fps"], settings)
         return
     check_output(args.out, ".mp4", ".webp", ".safetensors")
     height, width = valid_size((args.height, args.width))
@@ -159,7 +162,7 @@ def program(argv: list[str] | None) -> None:
     attention = pick_attention(device)
     print(f"{wan.name} on {describe(device, dtype, attention)}, seed {args.seed}, {clip.frames} frames")
     with attention_backend(attention):
-        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out, loras)
+        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out, loras, args.label)
 
 
 def write_new_video(
@@ -171,6 +174,7 @@ def write_new_video(
     device: torch.device,
     out: Path,
     loras: Sequence[LoraFile] = (),
+    label: str = "",
 ) -> None:
     """Generate, save the latents beside the video, decode, write."""
     scheduler = SAMPLERS[config.sampler](config.steps, config.shift)
@@ -186,13 +190,20 @@ def write_new_video(
         key=config.key,
         device=device,
     )
-    settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}
+    settings: dict[str, Any] = {**GENERATED, "model": wan.name, "prompt": prompt, "seed": seed}
     settings |= {"dtype": str(wan.dtype).removeprefix("torch."), **asdict(config), **asdict(clip)}
-    settings["loras"] = [str(lora) for lora in loras]
+    settings |= {"loras": [str(lora) for lora in loras], "label": label}
     save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
     with on_device(wan.vae, device):
         frames = decode(wan.vae, latents, dtype=wan.dtype)
-    print("wrote", write_video(out, frames, fps=clip.fps, metadata=settings))
+    write_marked(out, frames, clip.fps, settings)
+
+
+def write_marked(out: Path, frames: np.ndarray, fps: float, settings: dict[str, Any]) -> None:
+    """Write frames (T,H,W,3) uint8 with their label, if the settings have one, and metadata."""
+    metadata = {**settings, "loras": [Path(lora).name for lora in settings.get("loras", [])], **GENERATED}
+    labeled = with_label(frames, settings.get("label", ""))
+    print("wrote", write_video(out, labeled, fps=fps, metadata=metadata))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class LoraFile(NamedTuple):
     strength: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.path.name}:{self.strength:g}"
+        """As the flag takes it."""
+        return f"{self.path.resolve()}:{self.strength:g}"
 
 
 @dataclass

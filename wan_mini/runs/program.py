@@ -28,7 +28,7 @@ from wan_mini.errors import UserError
 from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
 from wan_mini.pipeline import SamplingConfig, Transfer, decode
 from wan_mini.runs.folder import Panel, load_tensors, save_tensors, write_record, write_result
-from wan_mini.runs.provenance import sha256_clip, versions
+from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
 from wan_mini.runs.request import Method, Request, apply_flags, build_parser, load_preset, request_of
 from wan_mini.tiny import demo
 from wan_mini.video import read_video
@@ -129,12 +129,14 @@ def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
 def settings_of(request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
     """What a result depends on: kept beside the latents, in run.json and in every file's metadata."""
     return {
+        **GENERATED,
         "model": str(request.model.resolve()),
         "ref": str(request.ref.resolve()),
         "ref_sha256": sha256_clip(frames),
         "prompt": request.prompt,
         "seed": request.seed,
         "loras": [str(lora) for lora in request.loras],
+        "label": request.label,
         "device": request.device.type,
         "dtype": str(request.dtype),
         "clip": asdict(clip),

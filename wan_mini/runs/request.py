@@ -23,6 +23,7 @@ from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
 from wan_mini.runs.folder import check_new_folder, read_preset
+from wan_mini.runs.label import add_label_flag
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
 
@@ -60,6 +61,7 @@ class Request:
     png: bool
     unguided: bool  # show the same seed without guidance too
     loras: tuple[LoraFile, ...] = ()  # merged into the transformer
+    label: str = ""  # drawn on the result's frames
 
 
 def build_parser(method: Method) -> Parser:
@@ -97,6 +99,7 @@ def build_parser(method: Method) -> Parser:
     options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    add_label_flag(output)
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
     output.add_argument(
         "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
@@ -196,4 +199,5 @@ def request_of(
         png=args.png,
         unguided=args.unguided or args.model is None,
         loras=parse_loras(args.lora, model),
+        label=args.label,
     )
