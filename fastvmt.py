@@ -252,7 +252,7 @@ def transfer(
     with timer("encode"), on_device(wan.vae, device), exact_float32(device):
         video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
         reference = wan.vae.encode(video, tile=config.vae_tile, progress=partial(tqdm, desc="encode"))
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    noise = wan.start_noise(reference.shape, seed, config.key).to(device)
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
     sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
     latents = (1 - sigma) * reference + sigma * noise

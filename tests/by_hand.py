@@ -7,6 +7,7 @@ from torch import Tensor
 from fastvmt import MotionConfig
 from losses import amf_loss, total_loss, window_loss
 from wan_mini.load import Wan
+from wan_mini.noise import start_noise
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
@@ -75,11 +76,12 @@ def generate(
     shift: float = 8.0,
     cfg: float = 6.0,
     seed: int = 0,
+    key: str = "",
 ) -> Tensor:
     """Latents of plain text to video."""
     text, without = encode_prompts(wan, [prompt, negative], CPU)
     shape = (1, 16, (frames - 1) // 4 + 1, height // 8, width // 8)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    x = start_noise(shape, seed, key, wan.name)
     scheduler = FlowUniPC(steps, shift) if sampler == "unipc" else FlowEuler(steps, shift)
     for index, t in enumerate(scheduler.timesteps):
         conditional = wan.dit(x, t.reshape(1), text)

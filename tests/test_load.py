@@ -162,11 +162,15 @@ REFUSALS = {
     "zero embedding": ("text_encoder", lambda t: t["shared.weight"].zero_(), r"shared.weight is all zero"),
     "zero matrix": ("dit", lambda t: t["head.head.weight"].zero_(), r"head.head.weight is all zero"),
     "no embedding": ("text_encoder", lambda t: t.pop("shared.weight"), r"tensor 'token_embedding.weight' is missing"),
-    "fp8": ("dit", lambda t: swap(t, "blocks.0.ffn.0.weight", lambda x: x.to(torch.float8_e4m3fn)), r"fp8 .*1.3B_fp16"),
+    "fp8": (
+        "dit",
+        lambda t: swap(t, "blocks.0.ffn.0.weight", lambda x: x.to(torch.float8_e4m3fn)),
+        r"fp8 without .*fp16",
+    ),
     "fp8 scale": (
         "text_encoder",
         lambda t: t.update(scaled_fp8=torch.ones(2)),
-        r"fp8 .* get .*umt5_xxl_fp16.safetensors",
+        r"scaled_fp8 says that there are scales, and there are none",
     ),
 }
 

@@ -21,6 +21,7 @@ import torch
 from conftest import random_checkpoint
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import fastvmt
 from fastvmt import MotionConfig, main, transfer
@@ -35,10 +36,13 @@ from wan_mini.errors import UserError
 from wan_mini.generate import GenerateConfig
 from wan_mini.generate import program as generate_program
 from wan_mini.load import Wan, build_from_folder, load_wan
+from wan_mini.lora_files import LoraFile
+from wan_mini.noise import start_noise
 from wan_mini.pipeline import SamplingConfig, decode
 from wan_mini.prompts import NEGATIVE
 from wan_mini.runs import program as program_module
 from wan_mini.runs.cli import run, with_options
+from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.world import make_clip
@@ -156,7 +160,7 @@ FIELDS = {"height": 32, "width": 64, "frames": 5, "fps": 8.0}
 FIELDS |= {"steps": 3, "shift": 5.0, "cfg": 2.0, "negative": "a cube", "strength": 0.7, "vae_tile": 32}
 FIELDS |= {"amf": "dense", "guidance_fraction": 1.0, "optim_steps": 7, "interval": 1, "lr": (0.01, 0.03), "block": 4}
 FIELDS |= {"tau": 1.0, "tile": (1, 2), "window": 2, "span": 1, "alpha": 0.9, "weights": (0.1, 3.0)}
-FIELDS |= {"window_anchor": "self", "reference": "clean", "centroid": "soft"}
+FIELDS |= {"window_anchor": "self", "reference": "clean", "centroid": "soft", "key": "studio"}
 
 
 def test_every_field_has_a_case():
@@ -175,6 +179,8 @@ def test_a_field_reaches_the_run(program, base, name, monkeypatch):
         assert got.record[part] == before | change == got.settings[part]
     if name == "vae_tile":  # the loops know no tiles: encode does it for them
         monkeypatch.setattr(program.wan.vae, "encode", lambda x: WanVAE.encode(program.wan.vae, x, tile=value))
+    if name == "key":  # nor keys: they get this noise from torch
+        monkeypatch.setattr(torch, "randn", lambda shape, **_: start_noise(shape, SEED, "studio", "custom"))
     same(got, program.by_hand(**{name: value}))
     differs(got, base)
 
@@ -240,6 +246,31 @@ def _(program, base, monkeypatch, capsys):
     assert base.record["model"] == str(program.model.resolve())
 
 
+def write_lora(program: Any, name: str) -> Path:
+    """A LoRA for one matrix of the small checkpoint."""
+    q = program.wan.dit.blocks[1].self_attn.q.weight
+    parts = {"lora_A": torch.randn(2, q.shape[1]), "lora_B": torch.randn(q.shape[0], 2)}
+    file = program.place / name
+    save_file({f"diffusion_model.blocks.1.self_attn.q.{part}.weight": t for part, t in parts.items()}, file)
+    return file
+
+
+@flag("--lora")
+def _(program, base, monkeypatch, capsys):
+    """As a model with both files merged by hand; the record names and hashes them, and a 4-step LoRA gets a note."""
+    files = [write_lora(program, "style.safetensors"), write_lora(program, "x_4steps.safetensors")]
+    got = program.run("--lora", str(files[0]), "--lora", f"{files[1]}:0.5")
+    loras = [LoraFile(files[0]), LoraFile(files[1], 0.5)]
+    same(got, program.by_hand(wan=load_wan(program.model, device="cpu", dtype=torch.float32, loras=loras)))
+    differs(got, base)
+    assert got.record["loras"] == [f"{files[0]}:1", f"{files[1]}:0.5"] and base.record["loras"] == []
+    label = json.loads(Image.open(got.folder / "preview.webp").getexif()[0x010E])
+    assert label["loras"] == ["style.safetensors:1", "x_4steps.safetensors:0.5"]
+    assert got.record["checkpoint_sha256"] == base.record["checkpoint_sha256"] | {f.name: sha256(f) for f in files}
+    notes = [line for line in capsys.readouterr().out.splitlines() if "distilled" in line]
+    assert len(notes) == 1 and notes[0].startswith("note: x_4steps.safetensors seems to be distilled")
+
+
 @flag("--ref")
 def _(program, base, monkeypatch, capsys):
     other = write_video(program.place / "other.webp", make_clip(5).frames[:9, ::2, ::2], fps=16)
@@ -295,6 +326,18 @@ option_flag("--width", ["64"], width=64)
 option_flag("--interval", ["1"], interval=1)
 option_flag("--steps", ["3"], steps=3)
 option_flag("--amf", ["dense"], amf="dense")
+
+
+@flag("--key")
+def _(program, base, monkeypatch, capsys):
+    """As --set key=, which is compared with the loops above; "" is no key."""
+    got = program.run("--key", "studio")
+    assert torch.equal(got.latents, program.run(key="studio").latents)
+    assert torch.equal(program.run("--key", "").latents, base.latents)
+    differs(got, base)
+    assert (got.record["config"]["key"], base.record["config"]["key"]) == ("studio", "")
+
+
 option_flag("--set", ["cfg=2.0", "fps=8"], cfg=2.0, fps=8.0)
 
 
@@ -315,6 +358,22 @@ def _(program, base, monkeypatch, capsys):
     assert not list(base.folder.glob("*.png"))
     pictures = [np.asarray(Image.open(path)) for path in sorted(got.folder.glob("*.png"))]
     assert np.array_equal(np.stack(pictures), decode(program.wan.vae, got.latents))
+
+
+@flag("--label")
+def _(program, base, monkeypatch, capsys):
+    """On the result, in the preview too, and again by --decode; the latents know nothing of it."""
+    got = program.run("--label", "made by a", "--png")
+    assert torch.equal(got.latents, base.latents)
+    assert (got.record["label"], base.record["label"]) == ("made by a", "")
+    pictures = np.stack([np.asarray(Image.open(path)) for path in sorted(got.folder.glob("*.png"))])
+    assert np.array_equal(pictures, with_label(decode(program.wan.vae, got.latents), "made by a"))
+    assert program.run("--label").record["label"] == "AI-generated"
+    again = program.place / "labeled again"
+    again.mkdir()
+    (again / "latents.safetensors").write_bytes((got.folder / "latents.safetensors").read_bytes())
+    assert main(["--decode", str(again / "latents.safetensors"), "--device", "cpu"]) == 0
+    assert (again / "preview.webp").read_bytes() == (got.folder / "preview.webp").read_bytes()
 
 
 @flag("--unguided")
@@ -623,8 +682,21 @@ SETTINGS = {"seed": 0, "sampler": "unipc", "steps": 2, "shift": 8.0, "cfg": 6.0,
 OPTIONS = {"--prompt": ("a red fox", {"prompt": "a red fox"}), "--negative": ("a cube", {"negative": "a cube"})}
 OPTIONS |= {"--height": ("32", {"height": 32}), "--width": ("64", {"width": 64}), "--frames": ("9", {"frames": 9})}
 OPTIONS |= {"--steps": ("3", {"steps": 3}), "--sampler": ("euler", {"sampler": "euler"})}
+OPTIONS |= {"--key": ("studio", {"key": "studio"})}
 OPTIONS |= {"--shift": ("2.5", {"shift": 2.5}), "--cfg": ("2.0", {"cfg": 2.0}), "--seed": ("11", {"seed": 11})}
-OTHERS = {"--model", "--dtype", "--out", "--device", "--offload", "--compile", "--decode", "--version", "--traceback"}
+OTHERS = {
+    "--model",
+    "--lora",
+    "--label",
+    "--dtype",
+    "--out",
+    "--device",
+    "--offload",
+    "--compile",
+    "--decode",
+    "--version",
+    "--traceback",
+}
 
 
 class Generate:
@@ -686,6 +758,22 @@ def test_model_and_dtype_of_generate(generate, plain):
         _, latents, _ = generate.run(*flags)
         assert torch.equal(latents, generate.by_hand(wan=load_wan(folder, device="cpu", dtype=dtype)))
         assert (latents - plain[1]).abs().max() > 1e-4
+
+
+def test_label_of_generate(generate, plain):
+    out, latents, settings = generate.run("--label", "AI")
+    assert torch.equal(latents, plain[1]) and settings["label"] == "AI" and plain[2]["label"] == ""
+    labeled = with_label(decode(generate.wan.vae, latents), "AI")
+    expected = write_video(generate.place / "labeled.webp", labeled, 16)
+    assert np.array_equal(read_video(out), read_video(expected))
+
+
+def test_lora_of_generate(generate, plain):
+    file = write_lora(generate, "lora.safetensors")
+    _, latents, settings = generate.run("--lora", f"{file}:2")
+    merged = load_wan(generate.model, device="cpu", dtype=torch.float32, loras=[LoraFile(file, 2.0)])
+    assert torch.equal(latents, generate.by_hand(wan=merged)) and not torch.equal(latents, plain[1])
+    assert settings["loras"] == [f"{file}:2"]
 
 
 def test_out_and_decode_of_generate(generate, plain, monkeypatch):

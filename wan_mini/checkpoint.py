@@ -15,12 +15,21 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_mini.errors import MissingFile, UserError
-from wan_mini.layouts import COMFY, IGNORED, SOURCES, Layout, detect, download_hint, rename
+from wan_mini.layouts import IGNORED, Layout, detect, download_hint, rename
+from wan_mini.other_models import name_gguf, refuse_gguf
 from wan_mini.sizes import Configs
 
 WEIGHT_FILES = (".safetensors", ".pth")
+LOW_NOISE = "low_noise_dit"  # the second transformer of Wan 2.2 A14B; the first one is its "dit"
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
-DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch
+DTYPES = {  # safetensors -> torch; float8 has a scale beside it, see fp8.py
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
 
 
 class TensorHeader(NamedTuple):
@@ -73,7 +82,7 @@ class Checkpoint:
     def require(self, kind: str) -> Part:
         """The part of this kind. Raises MissingFile that says where to get it."""
         if kind not in self.parts:
-            raise MissingFile(f"no {kind} in {self.path}, {download_hint(kind)}")
+            raise MissingFile(f"no {kind} in {self.path}, {name_gguf(self.path)}{download_hint(kind)}")
         return self.parts[kind]
 
 
@@ -94,12 +103,20 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         headers, config = read_header(file)
         layout = detect(tensor.key for tensor in headers)
         if layout is not None:
-            tensors.setdefault(layout.part, []).extend(headers)
-            configs.setdefault(layout.part, []).append(config)
+            kind = _kind(layout.part, str(file).removeprefix(str(path)))
+            tensors.setdefault(kind, []).extend(headers)
+            configs.setdefault(kind, []).append(config)
     parts = {}
     for kind in tensors:
         parts[kind] = _assemble(tensors[kind], configs[kind])
     return Checkpoint(path, parts)
+
+
+def _kind(part: str, name: str) -> str:
+    """The kind of part in a file. The two experts of Wan 2.2 differ in nothing but a file's or folder's name."""
+    if part == "dit" and re.search(r"low.?noise|transformer_2[/\\]", name, re.IGNORECASE):
+        return LOW_NOISE
+    return part
 
 
 def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
@@ -121,20 +138,17 @@ def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
 
 
 def index_tensors(part: Part) -> dict[str, TensorHeader]:
-    """{our name: where it is}, once every tensor is known to be of a plain dtype and to come from one file only.
+    """{our name: where it is}, once every tensor is known to be of a float dtype and to come from one file only.
 
-    Raises UserError on fp8 weights, and on two files that hold the same tensor.
+    Raises UserError on weights of another dtype, and on two files that hold the same tensor.
     """
     index: dict[str, TensorHeader] = {}
     for tensor in part.tensors:
         if tensor.key not in part.names:
             continue  # the tokenizer's bytes
-        if tensor.dtype not in DTYPES.values() or re.search(r"scale_weight$|scaled_fp8$", tensor.key):
-            fp16 = SOURCES[part.layout.part].comfy
-            if 5120 in tensor.shape:
-                fp16 = fp16.replace("1.3B", "14B")
-            got = f"{tensor.file}: fp8 weights are not supported ({tensor.key}, {tensor.dtype})"
-            raise UserError(f"{got}, get {fp16} of {COMFY}")
+        if tensor.dtype not in DTYPES.values():
+            got = f"{tensor.file}: {tensor.key} holds {tensor.dtype}, not one of {', '.join(DTYPES.values())}"
+            raise UserError(f"{got}: {download_hint(part.layout.part)}")
         name = part.names[tensor.key]
         other = index.setdefault(name, tensor)
         if other.file != tensor.file and {other.key, tensor.key} != TIED:
@@ -179,6 +193,7 @@ def read_header(file: Path) -> tuple[list[TensorHeader], dict[str, Any]]:
 
     Raises UserError if the file cannot be read.
     """
+    refuse_gguf(file)
     if file.suffix == ".pth":
         tensors = []
         for key, tensor in _unpickle(file).items():

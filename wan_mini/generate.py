@@ -3,10 +3,12 @@
 python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over the sea"
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,12 +24,15 @@ from wan_mini.device.select import (
     pick_dtype,
 )
 from wan_mini.errors import UserError
+from wan_mini.experts import A14B
 from wan_mini.load import Wan, load_vae, load_wan
+from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
 from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
-from wan_mini.runs.provenance import package_version
+from wan_mini.runs.label import add_label_flag, with_label
+from wan_mini.runs.provenance import GENERATED, package_version
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.video import write_video
 
@@ -43,6 +48,7 @@ class GenerateConfig:
     shift: float = 8.0  # of the noise levels; 5 for 14B
     cfg: float = 6.0  # scale of classifier-free guidance; 5 for 14B
     negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
+    key: str = ""  # of the start noise, public text (noise.py); "": none
 
 
 def preset(name: str, folder: Path) -> GenerateConfig:
@@ -55,6 +61,8 @@ def preset(name: str, folder: Path) -> GenerateConfig:
     published = GenerateConfig()
     if name == "Wan2.1-T2V-14B":
         published = GenerateConfig(shift=5.0, cfg=5.0)
+    if name == A14B:
+        published = GenerateConfig(shift=12.0, cfg=4.0)  # officially 3 below the boundary
     return with_options(published, own, f"{folder}/motion.json: motion")
 
 
@@ -69,6 +77,7 @@ def generate(
     cfg: float,
     seed: int,
     negative: str = NEGATIVE,
+    key: str = "",
     device: torch.device | None = None,
 ) -> Tensor:
     """Latents (1,16,F,H/8,W/8) of a video of `frames` = 4k+1 frames and size (height, width), multiples of 16.
@@ -79,7 +88,7 @@ def generate(
     device = wan.device if device is None else device
     text, negative_text = encode_prompts(wan, [prompt, negative], device)
     shape = latent_shape(frames, *size, wan.dit.config.in_dim)
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    noise = wan.start_noise(shape, seed, key).to(device)
     with on_device(wan.dit, device):
         return denoise(wan.dit, noise, scheduler, text, negative_text, cfg)
 
@@ -89,6 +98,8 @@ def parser() -> Parser:
     clip, config = ClipConfig(), GenerateConfig()
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
+    add_lora_flag(p)
+    add_label_flag(p)
     p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
@@ -100,6 +111,7 @@ def parser() -> Parser:
     p.add_argument("--shift", type=float, help=f"{config.shift:g} for 1.3B, 5 for 14B")
     p.add_argument("--cfg", type=float, help=f"{config.cfg:g} for 1.3B, 5 for 14B")
     p.add_argument("--seed", type=int, default=0, help="%(default)s")
+    p.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
     p.add_argument("--offload", action="store_true", help="keep only the part at work on the device")
@@ -130,7 +142,7 @@ def program(argv: list[str] | None) -> None:
         vae = load_vae(args.model, device=device, dtype=torch.float32)
         (latents,), settings = load_tensors(args.decode, ["latents"])
         frames = decode(vae, latents, dtype=DTYPES[settings["dtype"]])
-        print("wrote", write_video(args.out, frames, fps=settings["fps"], metadata=settings))
+        write_marked(args.out, frames, settings["fps"], settings)
         return
     check_output(args.out, ".mp4", ".webp", ".safetensors")
     height, width = valid_size((args.height, args.width))
@@ -140,7 +152,8 @@ def program(argv: list[str] | None) -> None:
         print(f"note: {asked} become {clip.frames} of {clip.width}x{clip.height}")
     dtype = pick_dtype(device, args.dtype)
     home = torch.device("cpu") if args.offload else device
-    wan = load_wan(args.model, device=home, dtype=dtype)
+    loras = parse_loras(args.lora, args.model)
+    wan = load_wan(args.model, device=home, dtype=dtype, loras=loras)
     if args.compile:
         compile_blocks(wan.dit)
     names = field_names(GenerateConfig())
@@ -149,11 +162,19 @@ def program(argv: list[str] | None) -> None:
     attention = pick_attention(device)
     print(f"{wan.name} on {describe(device, dtype, attention)}, seed {args.seed}, {clip.frames} frames")
     with attention_backend(attention):
-        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out)
+        write_new_video(wan, args.prompt, clip, config, args.seed, device, args.out, loras, args.label)
 
 
 def write_new_video(
-    wan: Wan, prompt: str, clip: ClipConfig, config: GenerateConfig, seed: int, device: torch.device, out: Path
+    wan: Wan,
+    prompt: str,
+    clip: ClipConfig,
+    config: GenerateConfig,
+    seed: int,
+    device: torch.device,
+    out: Path,
+    loras: Sequence[LoraFile] = (),
+    label: str = "",
 ) -> None:
     """Generate, save the latents beside the video, decode, write."""
     scheduler = SAMPLERS[config.sampler](config.steps, config.shift)
@@ -166,14 +187,23 @@ def write_new_video(
         cfg=config.cfg,
         seed=seed,
         negative=config.negative,
+        key=config.key,
         device=device,
     )
-    settings: dict[str, Any] = {"ai_generated": True, "model": wan.name, "prompt": prompt, "seed": seed}
+    settings: dict[str, Any] = {**GENERATED, "model": wan.name, "prompt": prompt, "seed": seed}
     settings |= {"dtype": str(wan.dtype).removeprefix("torch."), **asdict(config), **asdict(clip)}
+    settings |= {"loras": [str(lora) for lora in loras], "label": label}
     save_tensors(out.with_suffix(".safetensors"), {"latents": latents}, settings)
     with on_device(wan.vae, device):
         frames = decode(wan.vae, latents, dtype=wan.dtype)
-    print("wrote", write_video(out, frames, fps=clip.fps, metadata=settings))
+    write_marked(out, frames, clip.fps, settings)
+
+
+def write_marked(out: Path, frames: np.ndarray, fps: float, settings: dict[str, Any]) -> None:
+    """Write frames (T,H,W,3) uint8 with their label, if the settings have one, and metadata."""
+    metadata = {**settings, "loras": [Path(lora).name for lora in settings.get("loras", [])], **GENERATED}
+    labeled = with_label(frames, settings.get("label", ""))
+    print("wrote", write_video(out, labeled, fps=fps, metadata=metadata))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wan_mini.checkpoint import Checkpoint, Part, read_checkpoint
+from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import SOURCES
 from wan_mini.load import build_and_check, find_tokenizer, load_dit
@@ -28,7 +28,10 @@ def inspect(path: Path) -> bool:
     """
     checkpoint = read_checkpoint(path)
     complete = True
-    for kind in SOURCES:
+    kinds = [*SOURCES]
+    if LOW_NOISE in checkpoint.parts:
+        kinds.append(LOW_NOISE)
+    for kind in kinds:
         try:
             print(f"[ok]      {kind}: {_describe_kind(checkpoint, kind)}")
         except MissingFile as problem:

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 PREFIX = r"^(model\.)?diffusion_model\."  # some single-file DiTs are cut out of a larger checkpoint
-IGNORED = r"^spiece_model$"  # Comfy-Org keeps the tokenizer's bytes beside the text encoder's weights
+LORA = r"\.(lora_(A|B|up|down)(\.\w+)*|diff(_[bm])?)$"  # what only the names of a LoRA file end in
+# No weights: the tokenizer's bytes beside Comfy-Org's text encoder, and what belongs to 8-bit weights (fp8.py).
+IGNORED = r"^(spiece_model|(.*\.)?(scaled_fp8|scale_weight|weight_scale|scale_input|input_scale|comfy_quant))$"
 
 # Repositories on Hugging Face.
 ORIGINAL = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -157,8 +159,10 @@ LAYOUTS = (
 
 
 def detect(keys: Iterable[str]) -> Layout | None:
-    """The layout that has any of these tensor names, or None."""
+    """The layout that has any of these tensor names, or None; a LoRA file has none."""
     names = [re.sub(PREFIX, "", key) for key in keys]
+    if any(re.search(LORA, name) for name in names):
+        return None
     for layout in LAYOUTS:
         if any(re.match(layout.marker, name) for name in names):
             return layout

@@ -11,6 +11,7 @@ in a folder.
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -19,27 +20,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from wan_mini.checkpoint import (
-    Checkpoint,
-    Part,
-    TensorHeader,
-    abbreviate,
-    index_tensors,
-    missing_shards,
-    read_checkpoint,
-    read_tensors,
-)
+from wan_mini.build import MODULES, build_and_check
+from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
-from wan_mini.hashes import FileHasher
+from wan_mini.experts import A14B, Experts, boundary_of, check_both_experts, loras_for, parts_of
+from wan_mini.fp8 import read_scales
+from wan_mini.hashes import FileHasher, sha256_file
 from wan_mini.layouts import download_hint
-from wan_mini.sizes import CONFIGS
+from wan_mini.lora_files import Changes, LoraFile, read_loras
+from wan_mini.noise import start_noise
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
-MODULES: dict[str, type[nn.Module]] = {"dit": WanDiT, "vae": WanVAE, "text_encoder": UMT5Encoder}
 NAMES = {T2V_1_3B: "Wan2.1-T2V-1.3B", T2V_14B: "Wan2.1-T2V-14B", TINY: "tiny"}
 PRESETS: dict[str, dict[str, Any]] = {
     "Wan2.1-T2V-1.3B": {"dit": T2V_1_3B, "vae": WAN_VAE, "text_encoder": UMT5_XXL},
@@ -52,7 +47,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Wan:
     """A whole model, ready to run: modules in eval mode, without gradients.
 
-    name: "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "tiny" or "custom". folder: where it was loaded from, if from a folder.
+    dit: two of them behind one (Experts) in Wan 2.2 A14B.
+    name: "Wan2.1-T2V-1.3B", "Wan2.1-T2V-14B", "Wan2.2-T2V-A14B", "tiny" or "custom".
+    folder: where it was loaded from, if from a folder.
     hashes: {weight file relative to the folder: SHA-256}, empty unless load_wan hashed them.
     """
 
@@ -74,6 +71,10 @@ class Wan:
         """In which the transformer's matrix products run."""
         return self.dit.patch_embedding.weight.dtype
 
+    def start_noise(self, shape: Sequence[int], seed: int, key: str = "") -> Tensor:
+        """The noise of this model's run with a seed and a key, see noise.start_noise."""
+        return start_noise(shape, seed, key, self.name)
+
 
 def load_wan(
     folder: str | Path | Checkpoint,
@@ -81,12 +82,14 @@ def load_wan(
     device: torch.device | str,
     dtype: torch.dtype,
     hash_files: bool = True,
+    loras: Sequence[LoraFile] = (),
 ) -> Wan:
     """Load a checkpoint folder of any layout, or one whose headers read_checkpoint has read.
 
     dtype is for the DiT (but for what keeps float32) and the text encoder. The VAE is always float32, because encoding
     in bfloat16 shifts trajectories. All headers are checked before any weight is read. hash_files: fill Wan.hashes,
-    from what is read anyway or from a cache. Raises MissingFile for a missing part and UserError for a bad one.
+    from what is read anyway or from a cache. loras: files that are merged into the DiT's weights.
+    Raises MissingFile for a missing part and UserError for a bad one.
     """
     checkpoint = _open_folder(folder)
     tokenizer = load_tokenizer(checkpoint.path)
@@ -94,11 +97,17 @@ def load_wan(
     hasher = FileHasher() if hash_files else None
     for kind, module in modules.items():
         part_dtype = torch.float32 if kind == "vae" else dtype
-        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher)
+        for part, member in parts_of(kind, module):
+            changes = {}
+            if kind == "dit":
+                changes = read_loras(loras_for(part, loras), member)
+            load_weights(member, checkpoint.parts[part], device, part_dtype, hasher, changes)
     hashes = {}
     if hasher is not None:
         for file, digest in sorted(hasher.digests.items()):
             hashes[file.relative_to(checkpoint.path).as_posix()] = digest
+        for lora in loras:
+            hashes[lora.path.name] = sha256_file(lora.path)
     return Wan(
         dit=cast(WanDiT, modules["dit"]),
         vae=cast(WanVAE, modules["vae"]),
@@ -132,9 +141,14 @@ def build_preset(name: str) -> tuple[str, dict[str, nn.Module]]:
     return name, modules
 
 
-def load_dit(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanDiT:
-    """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan."""
-    return cast(WanDiT, _load_part("dit", path, device, dtype))
+def load_dit(
+    path: str | Path, *, device: torch.device | str, dtype: torch.dtype, loras: Sequence[LoraFile] = ()
+) -> WanDiT:
+    """Load the DiT from a file or a checkpoint folder; its float32 parameters stay so. Raises as load_wan.
+
+    Of two experts it is the high-noise one.
+    """
+    return cast(WanDiT, _load_part("dit", path, device, dtype, loras))
 
 
 def load_vae(path: str | Path, *, device: torch.device | str, dtype: torch.dtype) -> WanVAE:
@@ -191,10 +205,13 @@ def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
     return read_checkpoint(path)
 
 
-def _load_part(kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+def _load_part(
+    kind: str, path: str | Path, device: torch.device | str, dtype: torch.dtype, loras: Sequence[LoraFile] = ()
+) -> nn.Module:
     """Find, check and read one part."""
     part = read_checkpoint(path).require(kind)
-    return load_weights(build_and_check(part), part, device, dtype)
+    module = build_and_check(part)
+    return load_weights(module, part, device, dtype, changes=read_loras(loras, module))
 
 
 def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
@@ -202,48 +219,19 @@ def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     modules = {}
     for kind in MODULES:
         modules[kind] = build_and_check(checkpoint.require(kind))
+    check_both_experts(checkpoint, checkpoint.require("dit"))
+    if LOW_NOISE in checkpoint.parts:
+        low_noise = build_and_check(checkpoint.require(LOW_NOISE))
+        modules["dit"] = Experts(modules["dit"], low_noise, boundary_of(checkpoint))
     return modules
 
 
 def _model_name(modules: dict[str, nn.Module]) -> str:
     """The name of the published model of this size, or "custom"."""
-    return NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
-
-
-def build_and_check(part: Part) -> nn.Module:
-    """The part's module on the meta device, once the headers alone have shown that the files fill it exactly.
-
-    Raises UserError that names tensors and files if any is missing, unexpected or of another shape.
-    """
-    index = index_tensors(part)
-    shapes = {name: tensor.shape for name, tensor in index.items()}
-    try:
-        config = CONFIGS[part.layout.part](shapes, part.configs)
-    except KeyError as name:
-        raise UserError(f"{part.location}: tensor {name} is missing{missing_shards(part)}") from None
-    except ValueError as problem:
-        raise UserError(f"{part.location}: {problem}; is its config.json beside it?") from None
-    with torch.device("meta"):
-        module = MODULES[part.layout.part](config)
-    for fault, names in _compare_shapes(module, index).items():
-        if names:
-            listed = f"{len(names)} tensors {fault}: {abbreviate(names)}"
-            raise UserError(f"{part.location}: {listed}{missing_shards(part)}")
-    return module
-
-
-def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[str, list[str]]:
-    """{fault: descriptions of the tensors that have it} of the files' tensors against a module's."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    missing = [name for name in expected if name not in index]
-    unexpected = []
-    wrong_shape = []
-    for name, tensor in index.items():
-        if name not in expected:
-            unexpected.append(f"{tensor.key} in {tensor.file}")
-        elif tensor.shape != expected[name]:
-            wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
-    return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
+    name = NAMES.get(cast(WanDiT, modules["dit"]).config, "custom")
+    if isinstance(modules["dit"], Experts) and name == "Wan2.1-T2V-14B":
+        return A14B
+    return name
 
 
 def load_weights(
@@ -252,21 +240,28 @@ def load_weights(
     device: torch.device | str,
     dtype: torch.dtype,
     hasher: FileHasher | None = None,
+    changes: Changes | None = None,
 ) -> nn.Module:
     """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-    So the peak of memory is the module and the mapped pages of one file. Raises UserError on a tensor that is not
+    So the peak of memory is the module and the mapped pages of one file. changes: what is added to some parameters.
+    Raises UserError on a tensor that is not
     finite or all zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
+    scales = read_scales(part)
     for file in part.files:
         tensors = read_tensors(file, part.keys(file))
         if hasher is not None:
             tensors = hasher.watch(file, tensors)
         for key, tensor in tensors:
             if key not in part.names:
-                continue  # the tokenizer's bytes
+                continue  # the tokenizer's bytes, the scale of an fp8 weight
             name = part.names[key]
+            if key in scales:
+                tensor = tensor.float() * scales[key]
+            for change in (changes or {}).get(name, []):
+                tensor = change.added_to(tensor)
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
             del tensor  # it keeps its file mapped
             if name not in state:

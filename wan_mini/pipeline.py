@@ -36,6 +36,7 @@ class SamplingConfig:
     cfg: float = 5.8  # scale of classifier-free guidance (release; the paper does not say)
     negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
     strength: float = 1.0  # 1: start from Gaussian noise (paper); below 1: from the noised reference (release: 0.75)
+    key: str = ""  # of the start noise, public text (noise.py); "": none
     vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
 
     def __post_init__(self) -> None:

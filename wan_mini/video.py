@@ -20,6 +20,7 @@ from torch import Tensor
 from wan_mini import ffmpeg
 from wan_mini.config import TOKEN_SIZE, valid_frames, valid_size
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.runs.provenance import SOURCE_TYPE, XMP
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # of a folder's frames
 ANIMATION_EXTENSIONS = (".gif", ".webp", ".apng")  # an IMAGE_EXTENSIONS file may hold an animation, too
@@ -237,6 +238,8 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float, comment: str) -> Non
     exif = Image.Exif()
     exif[EXIF_IMAGE_DESCRIPTION] = comment
     options = {"append_images": images[1:], "duration": durations, "quality": 90, "exif": exif}
+    if SOURCE_TYPE in comment:
+        options["xmp"] = XMP.encode()
     images[0].save(path, "WEBP", save_all=True, **options)
 
 

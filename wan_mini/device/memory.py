@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wan_mini.config import DiTConfig
-from wan_mini.device.offload import OFFLOAD, lay_out
+from wan_mini.device.offload import OFFLOAD, block_owners, lay_out
 from wan_mini.device.peak import peak_bytes
 from wan_mini.dit import RECOMPUTE, WanDiT, keeps_float32
 from wan_mini.errors import UserError
@@ -84,7 +84,7 @@ def weight_bytes(parts: Mapping[str, nn.Module], offload: str) -> dict[str, int]
         return dict.fromkeys(parts, sum(sizes.values()))
     if offload == "blocks":
         for name, part in parts.items():
-            for block in blocks_of(part)[COPIES:]:
+            for block in blocks_of(part)[COPIES * len(block_owners(part)) :]:
                 sizes[name] -= module_bytes(block)
     return sizes
 

@@ -27,9 +27,15 @@ def on_device(module: nn.Module, device: torch.device, *, offload_blocks: bool =
     """
     with ExitStack() as stack:
         if offload_blocks:
-            stack.enter_context(_blocks_on_host(module, device))
+            for owner in block_owners(module):
+                stack.enter_context(_blocks_on_host(owner, device))
         stack.enter_context(_weights_on_device(module, device))
         yield
+
+
+def block_owners(module: nn.Module) -> list[nn.Module]:
+    """The modules with blocks of their own: a transformer itself, or both experts of Wan 2.2."""
+    return [part for part in module.modules() if isinstance(getattr(part, "blocks", None), nn.ModuleList)]
 
 
 @contextmanager

@@ -16,7 +16,9 @@ from torch import Tensor
 from wan_mini.checkpoint import read_json
 from wan_mini.config import token_grid
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
+from wan_mini.runs.provenance import GENERATED, XMP, XMP_KEYWORD
 from wan_mini.video import write_video
 
 Panel = tuple[np.ndarray, Tensor]  # frames (T,H,W,3) uint8 and their motion flow (F-1,S,2)
@@ -70,7 +72,9 @@ def write_result(
     """
     label = public_label(settings)
     fps = settings["clip"]["fps"]
-    frames, _ = panels["result"]
+    frames, flow = panels["result"]
+    frames = with_label(frames, settings.get("label", ""))
+    panels = {**panels, "result": (frames, flow)}
     grid = token_grid(*frames.shape[:3])
     clips = {}
     for name, (pixels, flow) in panels.items():
@@ -84,8 +88,9 @@ def write_result(
 
 def public_label(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for a generated file: all settings, and of paths only the last name."""
-    names = {name: Path(settings[name]).name for name in ("model", "ref")}
-    return {"ai_generated": True, **settings, **names}
+    names: dict[str, Any] = {name: Path(settings[name]).name for name in ("model", "ref")}
+    names["loras"] = [Path(lora).name for lora in settings.get("loras", [])]
+    return {**settings, **names, **GENERATED}
 
 
 def write_pictures(folder: Path, frames: np.ndarray, label: Mapping[str, Any]) -> None:
@@ -93,6 +98,7 @@ def write_pictures(folder: Path, frames: np.ndarray, label: Mapping[str, Any]) -
     for number, frame in enumerate(frames):
         info = PngInfo()
         info.add_itxt("Description", json.dumps(label))
+        info.add_itxt(XMP_KEYWORD, XMP)
         Image.fromarray(frame).save(folder / f"frame{number:04d}.png", pnginfo=info)
 
 

@@ -26,7 +26,7 @@ from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_w
 from wan_mini.pipeline import SamplingConfig, Transfer, decode
 from wan_mini.runs.folder import Panel, load_tensors, public_label, save_tensors, write_record, write_result
 from wan_mini.runs.jobs import run_jobs
-from wan_mini.runs.provenance import sha256_clip, versions
+from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
 from wan_mini.runs.request import Method, Request, apply_flags, build_parser, request_of
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, write_video
@@ -59,9 +59,9 @@ class Loader:
     def __call__(self, request: Request, model: Path | Checkpoint) -> Wan:
         """The request's model; model: its folder, or that folder's headers."""
         home = request.device if request.offload == "none" else torch.device("cpu")
-        key = (request.model, home, request.dtype, request.compile)
+        key = (request.model, home, request.dtype, request.compile, request.loras)
         if self.wan is None or self.key != key:
-            self.wan = load_wan(model, device=home, dtype=request.dtype)
+            self.wan = load_wan(model, device=home, dtype=request.dtype, loras=request.loras)
             self.key = key
             if request.compile:
                 compile_blocks(self.wan.dit)
@@ -164,11 +164,14 @@ def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
 def settings_of(request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
     """What a result depends on: kept beside the latents, in run.json and in every file's metadata."""
     return {
+        **GENERATED,
         "model": str(request.model.resolve()),
         "ref": str(request.ref.resolve()),
         "ref_sha256": sha256_clip(frames),
         "prompt": request.prompt,
         "seed": request.seed,
+        "loras": [str(lora) for lora in request.loras],
+        "label": request.label,
         "device": request.device.type,
         "dtype": str(request.dtype),
         "clip": asdict(clip),

@@ -10,6 +10,15 @@ import numpy as np
 import torch
 
 PACKAGE = "fastvmt-mini"
+# What every generated file says. The address is IPTC's term for media made by a trained model; C2PA uses the same.
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+GENERATED = {"ai_generated": True, "digital_source_type": SOURCE_TYPE}
+XMP_KEYWORD = "XML:com.adobe.xmp"  # of PNG's text chunk
+XMP = f"""<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"
+ Iptc4xmpExt:DigitalSourceType="{SOURCE_TYPE}"/></rdf:RDF></x:xmpmeta>
+<?xpacket end="w"?>"""
 
 
 def sha256_clip(frames: np.ndarray) -> str:

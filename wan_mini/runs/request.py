@@ -20,13 +20,15 @@ from wan_mini.device.parallel import MODES
 from wan_mini.device.select import DTYPES
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
+from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
 from wan_mini.runs.folder import check_new_folder, read_preset
+from wan_mini.runs.label import add_label_flag
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
 
-FLAG_OPTIONS = ("amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
+FLAG_OPTIONS = ("key", "amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
 
 
 def add_no_flags(parser: Parser) -> None:
@@ -76,6 +78,8 @@ class Request:
     folder: Path
     png: bool
     unguided: bool  # show the same seed without guidance too
+    loras: tuple[LoraFile, ...] = ()  # merged into the transformer
+    label: str = ""  # drawn on the result's frames
 
 
 def build_parser(method: Method) -> Parser:
@@ -86,6 +90,7 @@ def build_parser(method: Method) -> Parser:
     parser = Parser(prog=method.prog, description=summary)
     model = parser.add_argument_group("model")
     model.add_argument("--model", type=Path, help="checkpoint folder, any published layout (the tiny model)")
+    add_lora_flag(model)
     model.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     model.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
     text = (
@@ -104,6 +109,7 @@ def build_parser(method: Method) -> Parser:
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
     content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    content.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     options = parser.add_argument_group("method")
     if "amf" in field_names(config):
         options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
@@ -114,6 +120,7 @@ def build_parser(method: Method) -> Parser:
     options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    add_label_flag(output)
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
     output.add_argument(
         "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
@@ -204,4 +211,6 @@ def request_of(
         folder=check_new_folder(folder),
         png=args.png,
         unguided=args.unguided or args.model is None,
+        loras=parse_loras(args.lora, model),
+        label=args.label,
     )

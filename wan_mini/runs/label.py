@@ -1,0 +1,37 @@
+"""A visible label on a video's frames, for those who want one: it is the only mark that a viewer sees."""
+
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from wan_mini.errors import UserError
+
+TEXT = "AI-generated"
+SHARE = 24  # of the height: rows of pixels to one of text
+
+
+def add_label_flag(parser: Any) -> None:
+    """Add --label to a parser, or to a group of one."""
+    text = f"draw a text on the result's frames (none; without a value: {TEXT})"
+    parser.add_argument("--label", nargs="?", const=TEXT, default="", metavar="TEXT", help=text)
+
+
+def with_label(frames: np.ndarray, text: str) -> np.ndarray:
+    """Frames (T,H,W,3) uint8 with a text in a black box at the lower left; "" changes nothing. Raises UserError."""
+    if not text:
+        return frames
+    height, width = frames.shape[1:3]
+    size = max(10, height // SHARE)
+    font = ImageFont.load_default(size)
+    left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
+    margin = size // 3
+    box = (right - left + 2 * margin, bottom - top + 2 * margin)  # width, height
+    if box[0] > width or box[1] > height:
+        needed = f"a text that fits into {width}x{height} pixels"
+        raise UserError(f"--label needs {needed}, got {text!r}, which takes {box[0]}x{box[1]}: choose a shorter one")
+    image = Image.new("RGB", box, "black")
+    ImageDraw.Draw(image).text((margin - left, margin - top), text, fill="white", font=font)
+    labeled = frames.copy()
+    labeled[:, height - box[1] :, : box[0]] = np.asarray(image)  # (h,w,3) over (T,h,w,3)
+    return labeled
