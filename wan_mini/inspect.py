@@ -15,7 +15,7 @@ from torch import Tensor
 from wan_mini.checkpoint import Checkpoint, Part, read_checkpoint
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import SOURCES
-from wan_mini.load import build_and_check, find_tokenizer, load_dit
+from wan_mini.load import build_and_check, build_from_folder, find_tokenizer, load_dit
 from wan_mini.runs.cli import Parser
 
 TOLERANCE = 1e-5  # of a stage's largest output
@@ -37,6 +37,12 @@ def inspect(path: Path) -> bool:
         except UserError as problem:
             complete = False
             print(f"[broken]  {kind}: {problem}")
+    if complete:
+        try:
+            build_from_folder(checkpoint)
+        except UserError as problem:
+            complete = False
+            print(f"[broken]  together: {problem}")
     return complete
 
 

@@ -34,7 +34,7 @@ from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.hashes import FileHasher
 from wan_mini.layouts import download_hint
-from wan_mini.sizes import CONFIGS
+from wan_mini.sizes import CONFIGS, check_fit
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -202,6 +202,7 @@ def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     modules = {}
     for kind in MODULES:
         modules[kind] = build_and_check(checkpoint.require(kind))
+    check_fit(*[cast(Any, module).config for module in modules.values()])
     return modules
 
 
