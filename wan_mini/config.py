@@ -18,6 +18,9 @@ SPATIAL_STRIDE = 8  # pixels to a latent, along each side
 PATCH = (1, 2, 2)  # latents to a token: frames, rows, columns
 TOKEN_SIZE = SPATIAL_STRIDE * PATCH[1]  # pixels to a token, along each side: 16
 LATENT_CHANNELS = 16
+MAX_SIDE = 8192  # pixels of a clip
+MAX_TOKENS = 2**20  # of a clip; 81 frames of 1280x720 have 75,600
+MAX_FPS = 1000  # frames a second; a WebP counts whole milliseconds
 
 # Statistics of the official VAE's 16 latent channels (Wan 2.1, wan/modules/vae.py): latent = (mu - mean) / std.
 # fmt: off
@@ -171,7 +174,11 @@ class ClipConfig:
     fps: float = 16.0  # frames a second; a reference is resampled to it
 
     def __post_init__(self) -> None:
-        check_range("height", self.height, 16)
-        check_range("width", self.width, 16)
-        check_range("frames", self.frames, 1)
-        check_positive("fps", self.fps)
+        check_range("height", self.height, 16, MAX_SIDE)
+        check_range("width", self.width, 16, MAX_SIDE)
+        check_range("frames", self.frames, 1, MAX_TOKENS)
+        check_positive("fps", self.fps, MAX_FPS)
+        tokens = (self.frames // TIME_STRIDE + 1) * (self.height // TOKEN_SIZE) * (self.width // TOKEN_SIZE)
+        if tokens > MAX_TOKENS:
+            got = f"{self.frames} frames of {self.width}x{self.height} make {tokens} tokens"
+            raise UserError(f"{got}, more than any device holds ({MAX_TOKENS}): fewer frames, or a smaller size")

@@ -21,14 +21,14 @@ from wan_mini.device.select import (
     pick_device,
     pick_dtype,
 )
-from wan_mini.errors import UserError
+from wan_mini.errors import UserError, check_positive, check_range
 from wan_mini.load import Wan, load_vae, load_wan
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
-from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, run, seed_number, with_options
 from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
 from wan_mini.runs.provenance import package_version
-from wan_mini.scheduler import FlowEuler, FlowUniPC
+from wan_mini.scheduler import MAX_STEPS, FlowEuler, FlowUniPC
 from wan_mini.video import write_video
 
 SAMPLERS = {"unipc": FlowUniPC, "euler": FlowEuler}
@@ -43,6 +43,11 @@ class GenerateConfig:
     shift: float = 8.0  # of the noise levels; 5 for 14B
     cfg: float = 6.0  # scale of classifier-free guidance; 5 for 14B
     negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
+
+    def __post_init__(self) -> None:
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_positive("shift", self.shift)
+        check_range("cfg", self.cfg)
 
 
 def preset(name: str, folder: Path) -> GenerateConfig:
@@ -91,7 +96,7 @@ def parser() -> Parser:
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
-    p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
+    p.add_argument("--out", type=new_path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--height", type=int, default=clip.height, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--width", type=int, default=clip.width, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--frames", type=int, default=clip.frames, help="4k+1 frames at 16 a second (%(default)s)")
@@ -99,7 +104,7 @@ def parser() -> Parser:
     p.add_argument("--sampler", choices=list(SAMPLERS), default=config.sampler, help="%(default)s")
     p.add_argument("--shift", type=float, help=f"{config.shift:g} for 1.3B, 5 for 14B")
     p.add_argument("--cfg", type=float, help=f"{config.cfg:g} for 1.3B, 5 for 14B")
-    p.add_argument("--seed", type=int, default=0, help="%(default)s")
+    p.add_argument("--seed", type=seed_number, default=0, help="%(default)s")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")
     p.add_argument("--offload", action="store_true", help="keep only the part at work on the device")

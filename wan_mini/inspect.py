@@ -16,7 +16,7 @@ from wan_mini.checkpoint import Checkpoint, Part, read_checkpoint
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import SOURCES
 from wan_mini.load import build_and_check, build_from_folder, find_tokenizer, load_dit
-from wan_mini.runs.cli import Parser
+from wan_mini.runs.cli import Parser, plain_output
 
 TOLERANCE = 1e-5  # of a stage's largest output
 
@@ -111,6 +111,7 @@ def _shapes(outputs: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: output.shape for name, output in outputs.items()}
 
 
+@plain_output()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 complete or equal, 1 incomplete or different, 2 an error."""
     parser = Parser(prog="python -m wan_mini.inspect", description="Look into Wan 2.1 checkpoints.")

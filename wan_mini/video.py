@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wan_mini import ffmpeg
-from wan_mini.config import TOKEN_SIZE, valid_frames, valid_size
+from wan_mini.config import MAX_FPS, TOKEN_SIZE, valid_frames, valid_size
 from wan_mini.errors import MissingFile, UserError, check_positive
 from wan_mini.images import IMAGE_EXTENSIONS, check_regular, read_animation, read_folder
 
@@ -28,7 +28,6 @@ VIDEO_EXTENSIONS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".mpg", ".t
 ANIMATION_BYTES = re.compile(rb"GIF8|\x89PNG|\xff\xd8|RIFF....WEBP", re.DOTALL)
 VIDEO_BYTES = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)
 MAX_CLIP_BYTES = 2**32  # of a clip in memory
-MAX_FPS = 1000  # a WebP counts whole milliseconds
 MIN_FRAMES = 5  # two latent frames, the least that can show motion
 EXIF_IMAGE_DESCRIPTION = 0x010E  # the EXIF tag that keeps a WebP's metadata
 

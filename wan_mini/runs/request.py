@@ -20,7 +20,7 @@ from wan_mini.device.select import DTYPES
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
 from wan_mini.pipeline import SamplingConfig, Transfer
-from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, parse_pairs, seed_number, with_options
 from wan_mini.runs.folder import check_new_folder, read_preset
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
@@ -83,7 +83,7 @@ def build_parser(method: Method) -> Parser:
     content.add_argument("--frames", type=int, help=f"4k+1, at {clip.fps:g} a second ({clip.frames}; tiny 33)")
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
-    content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    content.add_argument("--seed", type=seed_number, default=0, help="of the start noise (%(default)s)")
     options = parser.add_argument_group("method")
     options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
     options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
@@ -92,7 +92,7 @@ def build_parser(method: Method) -> Parser:
     text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"
     options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    output.add_argument("--out", type=new_path, help="new folder for the run (outputs/ and the time)")
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
     output.add_argument(
         "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
