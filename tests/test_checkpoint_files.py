@@ -57,7 +57,8 @@ def test_the_nearest_config_wins(folders, tmp_path):
     save_file(tensors, file)
     for folder, heads in ((tmp_path, 1), (file.parent, 7)):  # above the file, then beside it
         (folder / "config.json").write_text(json.dumps({"dim": 42, "num_heads": heads, "text_len": 8 * heads}))
-        assert (load_one("dit", file).config.num_heads, load_one("dit", file).config.text_len) == (heads, 8 * heads)
+        config = load_one("dit", tmp_path).config
+        assert (config.num_heads, config.text_len) == (heads, 8 * heads)
     save_file(tensors, file, {"config": json.dumps({"dim": 42, "num_heads": 3})})  # and in it
     assert load_one("dit", file).config.num_heads == 3
     (file.parent / "config.json").write_text("[]")

@@ -58,4 +58,4 @@ def test_errors_are_one_line_and_status_two(tmp_path):
     command = [sys.executable, "-m", "wan_mini.inspect", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(inspect.__file__).parents[1])
     assert done.returncode == 2 and done.stdout == ""
-    assert re.fullmatch(r"error: .*dit.safetensors cannot be read, is it truncated\? .*\n", done.stderr)
+    assert re.fullmatch(r"error: .*dit.safetensors cannot be read, it is a Git LFS pointer, .*\n", done.stderr)

@@ -245,7 +245,7 @@ TOKEN = spec()["added_tokens"][0]
         ({"model": {"type": "BPE", "vocab": {}, "merges": []}}, "model .*BPE"),
         ({"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}}, "model .*unk_id"),
         ({"model": {"type": "Unigram", "unk_id": 1, "vocab": [["a", 0.0]]}}, "model .*unk_id"),
-        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}, "unpack"),
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a"]]}}, r"model.vocab\[0\] must be a list of 2 items"),
     ],
 )
 def test_what_a_t5_file_does_not_hold_is_refused_in_one_line(tmp_path, change, named):
@@ -260,7 +260,7 @@ def test_what_a_t5_file_does_not_hold_is_refused_in_one_line(tmp_path, change, n
 def test_broken_file_is_refused_in_one_line(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
-    with pytest.raises(UserError, match="is not a UMT5 tokenizer.json") as error:
+    with pytest.raises(UserError, match="is not a UMT5 tokenizer.json|should hold a JSON object") as error:
         Tokenizer.from_file(path)
     assert "\n" not in str(error.value)
 

@@ -14,8 +14,8 @@ from PIL import Image
 from wan_mini import ffmpeg
 from wan_mini.config import valid_frames
 from wan_mini.errors import UserError
+from wan_mini.images import nearest_frames
 from wan_mini.video import (
-    nearest_frames,
     output_path,
     read_video,
     to_tensor,
@@ -334,8 +334,8 @@ def test_ffmpeg_gets_each_argument_whole():
     path = Path("/clips/it's a clip.mp4")
     decode = ffmpeg.decode_command(path, 16)
     assert decode[decode.index("-i") + 1] == str(path.absolute()) and decode[-1] == "-"
-    assert decode[decode.index("-vf") + 1].startswith("fps=16,scale=")
-    assert "fps" not in " ".join(ffmpeg.decode_command(path, None))
+    assert decode[decode.index("-vf") + 1].startswith("setpts=PTS-STARTPTS,fps=16,scale=")
+    assert "setpts=N,fps=25,scale" in " ".join(ffmpeg.decode_command(path, None))  # each picture of the file
     comment = '{"prompt": "a \'quoted\' \\"B\\" ; = "}'
     encode = ffmpeg.encode_command(path, "96x64", 29.97, comment)
     assert encode[encode.index("-metadata") + 1] == f"comment={comment}"

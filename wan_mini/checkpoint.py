@@ -1,23 +1,21 @@
 """Checkpoint files: which parts of a model they hold, by their headers; and their tensors, one by one."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NamedTuple
 from zipfile import is_zipfile
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.json_file import parse_json, read_json
 from wan_mini.layouts import IGNORED, Layout, detect, download_hint, rename
 from wan_mini.other_models import name_gguf, refuse_gguf
 from wan_mini.sizes import Configs
+from wan_mini.weight_file import CONFIG, INDEX, read_safetensors_header, unpickle
 
 WEIGHT_FILES = (".safetensors", ".pth")
 LOW_NOISE = "low_noise_dit"  # the second transformer of Wan 2.2 A14B; the first one is its "dit"
@@ -96,10 +94,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise MissingFile(f"{path} does not exist: give a checkpoint folder or a weight file")
     files = [path]
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_FILES)
+        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_FILES and not file.is_dir())
     tensors: dict[str, list[TensorHeader]] = {}
     configs: dict[str, Configs] = {}
     for file in files:
+        if not file.is_file():
+            raise UserError(f"{file} is no regular file: remove it, or put the weights there")
         headers, config = read_header(file)
         layout = detect(tensor.key for tensor in headers)
         if layout is not None:
@@ -108,7 +108,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             configs.setdefault(kind, []).append(config)
     parts = {}
     for kind in tensors:
-        parts[kind] = _assemble(tensors[kind], configs[kind])
+        parts[kind] = _assemble(tensors[kind], configs[kind], path if path.is_dir() else path.parent)
     return Checkpoint(path, parts)
 
 
@@ -119,8 +119,11 @@ def _kind(part: str, name: str) -> str:
     return part
 
 
-def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
-    """Name all tensors of a part at once, and add every config.json beside its files and one folder above."""
+def _assemble(tensors: list[TensorHeader], configs: Configs, root: Path) -> Part:
+    """Name all tensors of a part at once, and add every config.json beside its files and one folder above.
+
+    root: the folder that was given; what lies above it belongs to something else.
+    """
     keys = [tensor.key for tensor in tensors if not re.match(IGNORED, tensor.key)]
     layout = detect(keys)
     assert layout is not None
@@ -129,11 +132,12 @@ def _assemble(tensors: list[TensorHeader], configs: Configs) -> Part:
     for tensor in tensors:
         folder = tensor.file.absolute().parent
         beside.add(folder)
-        above.add(folder.parent)
+        if folder != root.absolute():
+            above.add(folder.parent)
     for folder in sorted(beside) + sorted(above):
         file = folder / "config.json"
         if file.is_file():
-            configs = [*configs, read_json(file)]
+            configs = [*configs, read_json(file, CONFIG)]
     return Part(layout, tensors, rename(layout, keys), configs)
 
 
@@ -172,20 +176,14 @@ def missing_shards(part: Part) -> str:
     for file in part.files:
         indices.update(file.parent.glob("*.index.json"))
     for index in sorted(indices):
-        listed = set(read_json(index)["weight_map"].values())
+        try:
+            listed = set(read_json(index, INDEX)["weight_map"].values())
+        except UserError as problem:
+            return f"; and {problem}"
         lost = sorted(name for name in listed if not (index.parent / name).exists())
         if lost and listed & present:
             return f"; {index} also lists {abbreviate(lost)}: get what is not there"
     return ""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if it is something else."""
-    with suppress(ValueError):
-        content = json.loads(file.read_bytes())
-        if isinstance(content, dict):
-            return content
-    raise UserError(f"{file} should hold a JSON object, is it truncated? Download it again")
 
 
 def read_header(file: Path) -> tuple[list[TensorHeader], dict[str, Any]]:
@@ -199,18 +197,13 @@ def read_header(file: Path) -> tuple[list[TensorHeader], dict[str, Any]]:
         for key, tensor in _unpickle(file).items():
             tensors.append(TensorHeader(file, key, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
         return tensors, {}
+    header, metadata = read_safetensors_header(file)
+    config = parse_json(metadata.get("config", "{}"), f"{file}: config", CONFIG)
     try:
         with safe_open(file, "pt"):  # checks that the tensors fill the file without gaps
             pass
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(size))
-        metadata = header.pop("__metadata__", {})
-        config = json.loads(metadata.get("config", "{}"))
-        if not isinstance(config, dict):
-            config = {}
     except (SafetensorError, ValueError) as problem:
-        raise UserError(_unreadable(file, problem)) from None
+        raise UserError(f"{file} cannot be read, is it truncated? Download it again ({problem})") from None
     tensors = []
     for key, tensor in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype = DTYPES.get(tensor["dtype"], tensor["dtype"])
@@ -231,30 +224,10 @@ def read_tensors(file: Path, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]
 
 
 def _unpickle(file: Path) -> dict[str, Tensor]:
-    """A .pth's tensors, mapped rather than read; weights_only, because an unrestricted pickle can run any code.
-
-    Raises UserError if the file is no zip archive, or holds more than tensors.
-    """
+    """A .pth's tensors, mapped rather than read. Raises UserError if the file is no zip archive, or as unpickle."""
     if not is_zipfile(file):
         raise UserError(f"{file} cannot be read, {_describe_non_archive(file)}")
-    try:
-        loaded = torch.load(file, mmap=True, weights_only=True, map_location="cpu")
-    except UnpicklingError:
-        raise UserError(
-            f"{file} cannot be read: it holds more than tensors, which could run code; "
-            "get the file from its publisher, or a safetensors version"
-        ) from None
-    except (RuntimeError, EOFError, ValueError) as problem:
-        raise UserError(_unreadable(file, problem)) from None
-    if not isinstance(loaded, dict):
-        return {}
-    return {key: tensor for key, tensor in loaded.items() if isinstance(tensor, Tensor)}
-
-
-def _unreadable(file: Path, problem: Exception) -> str:
-    """Message for a file of the right kind with broken contents."""
-    reason = str(problem).splitlines()[0]
-    return f"{file} cannot be read, is it truncated? Download it again ({reason})"
+    return unpickle(file)
 
 
 def _describe_non_archive(file: Path) -> str:

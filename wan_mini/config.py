@@ -18,6 +18,9 @@ SPATIAL_STRIDE = 8  # pixels to a latent, along each side
 PATCH = (1, 2, 2)  # latents to a token: frames, rows, columns
 TOKEN_SIZE = SPATIAL_STRIDE * PATCH[1]  # pixels to a token, along each side: 16
 LATENT_CHANNELS = 16
+MAX_SIDE = 8192  # pixels of a clip
+MAX_TOKENS = 2**20  # of a clip; 81 frames of 1280x720 have 75,600
+MAX_FPS = 1000  # frames a second; a WebP counts whole milliseconds
 
 # Statistics of the official VAE's 16 latent channels (Wan 2.1, wan/modules/vae.py): latent = (mu - mean) / std.
 # fmt: off
@@ -100,6 +103,10 @@ class DiTConfig:
     patch_size: tuple[int, int, int] = PATCH
 
     def __post_init__(self) -> None:
+        for name in ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len", "in_dim", "out_dim"):
+            check_range(name, getattr(self, name), 1)
+        if self.freq_dim < 2 or self.freq_dim % 2:
+            raise UserError(f"freq_dim must be even (sines and cosines) and at least 2, got {self.freq_dim}")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
             raise UserError(f"dim must split into num_heads heads of even width, got {self.dim} / {self.num_heads}")
 
@@ -122,13 +129,15 @@ class VAEConfig:
     def __post_init__(self) -> None:
         if not len(self.mean) == len(self.std) == self.z_dim:
             raise UserError(f"mean and std need z_dim={self.z_dim} numbers, got {len(self.mean)} and {len(self.std)}")
+        check_range("mean", self.mean, -1e6, 1e6)
+        check_range("std", self.std, 1e-6, 1e6)
         if 2 ** (len(self.dim_mult) - 1) != SPATIAL_STRIDE:
             raise UserError(f"dim_mult must have 4 levels (3 of them halve space), got {self.dim_mult}")
 
 
 @dataclass(frozen=True)
 class UMT5Config:
-    """Sizes of the UMT5 text encoder."""
+    """Sizes of the UMT5 text encoder. Raises UserError if dim_attn does not split into heads."""
 
     vocab: int
     dim: int
@@ -137,6 +146,11 @@ class UMT5Config:
     num_heads: int
     num_layers: int
     num_buckets: int = 32  # relative-position buckets, for distances up to 128
+
+    def __post_init__(self) -> None:
+        check_range("num_buckets", self.num_buckets, 4)  # two directions, each of two halves
+        if self.dim_attn % self.num_heads:
+            raise UserError(f"dim_attn must split into num_heads heads, got {self.dim_attn} / {self.num_heads}")
 
 
 T2V_1_3B = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
@@ -160,7 +174,11 @@ class ClipConfig:
     fps: float = 16.0  # frames a second; a reference is resampled to it
 
     def __post_init__(self) -> None:
-        check_range("height", self.height, 16)
-        check_range("width", self.width, 16)
-        check_range("frames", self.frames, 1)
-        check_positive("fps", self.fps)
+        check_range("height", self.height, 16, MAX_SIDE)
+        check_range("width", self.width, 16, MAX_SIDE)
+        check_range("frames", self.frames, 1, MAX_TOKENS)
+        check_positive("fps", self.fps, MAX_FPS)
+        tokens = (self.frames // TIME_STRIDE + 1) * (self.height // TOKEN_SIZE) * (self.width // TOKEN_SIZE)
+        if tokens > MAX_TOKENS:
+            got = f"{self.frames} frames of {self.width}x{self.height} make {tokens} tokens"
+            raise UserError(f"{got}, more than any device holds ({MAX_TOKENS}): fewer frames, or a smaller size")

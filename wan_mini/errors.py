@@ -1,11 +1,30 @@
 """The errors that a user can mend, and checks that raise them. Any other exception is a bug and shows its traceback."""
 
 import math
+import re
 from collections.abc import Collection
+
+# What a terminal obeys instead of showing it (C0, DEL, C1), breaks a line at, or writes backwards; and lone surrogates,
+# which stand for bytes of a name that are no UTF-8.
+CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text with its control characters, but for those to keep, as escapes that a terminal shows and does not obey."""
+
+    def escape(match: re.Match[str]) -> str:
+        if match[0] in keep:
+            return match[0]
+        return match[0].encode("unicode_escape", "surrogatepass").decode("ascii")
+
+    return CONTROLS.sub(escape, text)
 
 
 class UserError(ValueError):
-    """What was got, what was wanted, and how to fix it, in one line."""
+    """What was got, what was wanted, and how to fix it, in one line that any terminal may print."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message.replace("\n", " ")))
 
 
 class MissingFile(UserError, FileNotFoundError):
@@ -22,7 +41,7 @@ def check_range(name: str, value: float | tuple[float, ...], at_least: float = 0
     """Raises UserError unless the value, or each number of a tuple, is finite and in [at_least, at_most]."""
     numbers = value if isinstance(value, tuple) else (value,)
     for number in numbers:
-        if not math.isfinite(number) or number < at_least:
+        if not number >= at_least or number == math.inf:  # NaN is not at least anything
             raise UserError(f"{name} must be at least {at_least:g} and finite, got {value}")
         if number > at_most:
             raise UserError(f"{name} must be at most {at_most:g}, got {value}")

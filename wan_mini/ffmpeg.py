@@ -1,10 +1,16 @@
-"""Videos in and out through an `ffmpeg` found on PATH: the two commands, and the pipes to them."""
+"""Videos in and out through an `ffmpeg` found on PATH: the commands, and the pipes to them.
+
+Whoever sends a video chooses its bytes. So ffmpeg may open this one file only (no network, no second file) as one of a
+few containers (no playlists), of pictures up to a size, and is stopped if it gives no picture for a while.
+"""
 
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -12,8 +18,14 @@ import numpy as np
 from PIL import Image
 
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.images import MAX_PIXELS, check_pixels, to_rgb
 
 INSTALL = "apt install ffmpeg, brew install ffmpeg or winget install ffmpeg"
+CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv"
+TIME_LIMIT = 60.0  # seconds without a picture
+# Alpha lies in a second stream, which ffmpeg's own decoders of these leave out.
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+HDR = ("smpte2084", "arib-std-b67")  # transfer functions: PQ and HLG
 
 
 def is_installed() -> bool:
@@ -22,50 +34,122 @@ def is_installed() -> bool:
 
 
 def read_frames(path: Path, fps: float | None) -> Iterator[Image.Image]:
-    """Decode a video frame by frame: upright, of square pixels, RGB; fps: resampled to it, None: its own rate.
+    """Decode a video frame by frame: upright, of square pixels, over white, RGB; fps: resampled to it, None: all.
 
+    Prints a note about high dynamic range, which is not mapped to the range of a screen.
     Raises MissingFile without ffmpeg, UserError with ffmpeg's command if that failed.
     """
     if not is_installed():
-        by_hand = "or extract the frames elsewhere (ffmpeg -i clip.mp4 -vf fps=16 frames/%05d.png) and give the folder"
-        raise MissingFile(f"no ffmpeg on PATH, which {path} needs: {INSTALL}; {by_hand}")
-    command = decode_command(path, fps)
+        by_hand = "ffmpeg -i clip.mp4 -vf setpts=PTS-STARTPTS,fps=16 frames/%05d.png"
+        way_on = f"{INSTALL}; or extract the frames elsewhere ({by_hand}) and give the folder"
+        raise MissingFile(f"no ffmpeg on PATH, which {path} needs: {way_on}")
+    picture = describe_picture(path)
+    for transfer in HDR:
+        if transfer in picture:
+            print(f"note: {path} has a high dynamic range ({transfer}), its colors come out pale: convert it first")
+    decoder = None
+    if "alpha_mode" in picture:
+        decoder = ALPHA_DECODERS.get(picture.split()[0])
+    yield from _decode(path, decode_command(path, fps, decoder))
+
+
+def _decode(path: Path, command: list[str]) -> Iterator[Image.Image]:
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up and stop ffmpeg
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         try:
-            image = _read_ppm(process.stdout)
-            while image is not None:
-                yield image
-                image = _read_ppm(process.stdout)
+            while True:
+                with _stopped_after(process, TIME_LIMIT, path):
+                    image = _read_pam(path, process.stdout)
+                if image is None:
+                    break
+                yield to_rgb(image)
             if process.wait() != 0:
                 log.seek(0)
-                raise _ffmpeg_failed(command, log.readline())
+                mend = f"ffmpeg -i {shlex.quote(str(path))} -c:v libx264 new.mp4"
+                raise _ffmpeg_failed(command, log.readline(), f"encode it anew ({mend}), or ")
         finally:
             process.kill()  # a reader that has all its frames stops early; ffmpeg must not wait for it
             process.communicate()
 
 
-def decode_command(path: Path, fps: float | None) -> list[str]:
-    """The command that writes a video's frames to stdout, as PPM images."""
+@contextmanager
+def _stopped_after(process: subprocess.Popen[bytes], seconds: float, path: Path) -> Iterator[None]:
+    """End the process, and raise UserError, if what is done meanwhile takes longer."""
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(seconds, stop)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise UserError(f"{path} gave no picture within {seconds:g} seconds: is it whole? Encode it anew, or smaller")
+
+
+def describe_picture(path: Path) -> str:
+    """What ffmpeg says of a file's first picture stream, from its codec on: "h264 (High), yuv420p(tv), 192x128, ...".
+
+    Raises UserError if the file has none, or is no video that may be read.
+    """
+    command = ["ffmpeg", "-hide_banner", *_input_options(), "-i", str(path.absolute())]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT)
+    except subprocess.TimeoutExpired:
+        raise UserError(f"ffmpeg found no picture in {path} within {TIME_LIMIT:g} seconds: is it whole?") from None
+    log = done.stderr.decode(errors="replace")
+    streams = log.split("  Stream #")[1:]
+    for stream in streams:
+        kind, _, described = stream.partition("Video: ")
+        if described and "\n" not in kind and "(attached pic)" not in described:
+            return described
+    if streams:
+        raise UserError(f"{path} has no picture, only sound or text: give a video")
+    reason = log.strip().split("\n")[-1].encode()
+    raise _ffmpeg_failed(["ffmpeg", "-v", "error", *command[2:]], reason, "is it a whole video? Or ")
+
+
+def _input_options() -> list[str]:
+    return ["-protocol_whitelist", "file", "-format_whitelist", CONTAINERS, "-max_pixels", str(MAX_PIXELS)]
+
+
+def decode_command(path: Path, fps: float | None, decoder: str | None = None) -> list[str]:
+    """The command that writes a video's frames to stdout, as PAM images; decoder: None for ffmpeg's own choice."""
     # ffmpeg obeys rotation tags itself; the filters do time, square pixels and colors free of rounding bias.
-    filters = "scale=iw*sar:ih:flags=accurate_rnd+full_chroma_int,format=rgb24"
-    if fps:
-        filters = f"fps={fps},{filters}"
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-xerror"]
+    # A stream that begins later than the file's sound is moved to the beginning: else its first picture fills the gap.
+    time_filters = f"setpts=PTS-STARTPTS,fps={fps}"
+    if not fps:
+        time_filters = "settb=1/25,setpts=N,fps=25"  # numbered anew: none of a variable rate is dropped or repeated
+    filters = f"{time_filters},scale=iw*clip(sar\\,0.25\\,4):ih:flags=accurate_rnd+full_chroma_int,format=rgba"
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-xerror", *_input_options()]
+    if decoder is not None:
+        command += ["-c:v", decoder]
     command += ["-i", str(path.absolute()), "-map", "0:V:0", "-vf", filters]
-    command += ["-f", "image2pipe", "-c:v", "ppm", "-"]
+    command += ["-f", "image2pipe", "-c:v", "pam", "-"]
     return command
 
 
-def _read_ppm(stream: IO[bytes]) -> Image.Image | None:
-    """The next image of a stream, None at its end. PPM is raw rgb24 after three lines: P6, width and height, 255."""
-    if not stream.readline():
+def _read_pam(path: Path, stream: IO[bytes]) -> Image.Image | None:
+    """The next RGBA image of a stream, None at its end. PAM is raw pixels after lines such as P7, WIDTH 96, ENDHDR."""
+    header: dict[bytes, bytes] = {}
+    while b"ENDHDR" not in header:
+        line = stream.readline(100)
+        if not line:
+            return None
+        name, _, value = line.strip().partition(b" ")
+        header[name] = value
+    size = int(header[b"WIDTH"]), int(header[b"HEIGHT"])
+    check_pixels(path, size)
+    count = size[0] * size[1] * 4
+    pixels = stream.read(count)
+    if len(pixels) < count:
         return None
-    width, height = map(int, stream.readline().split())
-    stream.readline()
-    pixels = stream.read(width * height * 3)
-    return Image.frombytes("RGB", (width, height), pixels)
+    return Image.frombytes("RGBA", size, pixels)
 
 
 def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
@@ -93,6 +177,6 @@ def encode_command(path: Path, size: str, fps: float, comment: str) -> list[str]
     return command
 
 
-def _ffmpeg_failed(command: list[str], log: bytes) -> UserError:
+def _ffmpeg_failed(command: list[str], log: bytes, mend: str = "") -> UserError:
     lines = log.decode(errors="replace").splitlines() or ["it gave no reason"]
-    return UserError(f"ffmpeg failed ({lines[0]}), run it by hand to learn more: {shlex.join(command)}")
+    return UserError(f"ffmpeg failed ({lines[0]}): {mend}run it by hand to learn more: {shlex.join(command)}")

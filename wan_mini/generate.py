@@ -23,17 +23,17 @@ from wan_mini.device.select import (
     pick_device,
     pick_dtype,
 )
-from wan_mini.errors import UserError
+from wan_mini.errors import UserError, check_positive, check_range
 from wan_mini.experts import A14B
 from wan_mini.load import Wan, load_vae, load_wan
 from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
-from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, run, seed_number, with_options
 from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
 from wan_mini.runs.label import add_label_flag, with_label
 from wan_mini.runs.provenance import GENERATED, package_version
-from wan_mini.scheduler import FlowEuler, FlowUniPC
+from wan_mini.scheduler import MAX_STEPS, FlowEuler, FlowUniPC
 from wan_mini.video import write_video
 
 SAMPLERS = {"unipc": FlowUniPC, "euler": FlowEuler}
@@ -49,6 +49,11 @@ class GenerateConfig:
     cfg: float = 6.0  # scale of classifier-free guidance; 5 for 14B
     negative: str = NEGATIVE  # prompt that classifier-free guidance leads away from
     key: str = ""  # of the start noise, public text (noise.py); "": none
+
+    def __post_init__(self) -> None:
+        check_range("steps", self.steps, 1, MAX_STEPS)
+        check_positive("shift", self.shift)
+        check_range("cfg", self.cfg)
 
 
 def preset(name: str, folder: Path) -> GenerateConfig:
@@ -102,7 +107,7 @@ def parser() -> Parser:
     add_label_flag(p)
     p.add_argument("--prompt", help="what the video shows")
     p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
-    p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
+    p.add_argument("--out", type=new_path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--height", type=int, default=clip.height, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--width", type=int, default=clip.width, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--frames", type=int, default=clip.frames, help="4k+1 frames at 16 a second (%(default)s)")
@@ -110,7 +115,7 @@ def parser() -> Parser:
     p.add_argument("--sampler", choices=list(SAMPLERS), default=config.sampler, help="%(default)s")
     p.add_argument("--shift", type=float, help=f"{config.shift:g} for 1.3B, 5 for 14B")
     p.add_argument("--cfg", type=float, help=f"{config.cfg:g} for 1.3B, 5 for 14B")
-    p.add_argument("--seed", type=int, default=0, help="%(default)s")
+    p.add_argument("--seed", type=seed_number, default=0, help="%(default)s")
     p.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="of transformer and text encoder (by the hardware)")

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wan_mini.json_file import read_json
+
 Tensors = Iterator[tuple[str, Tensor]]  # (key, tensor)
 CHUNK = 2**24  # bytes
 SETTLED = 2_000_000_000  # nanoseconds; a file that changed later may change again within the clock's resolution
@@ -46,9 +48,7 @@ class HashCache:
         self.path = cache_folder() / "sha256.json"
         self.entries: dict[str, list[int | str]] = {}  # {path: [size, time of change in ns, SHA-256]}
         with suppress(OSError, ValueError):
-            content = json.loads(self.path.read_text(encoding="utf-8"))
-            if isinstance(content, dict):
-                self.entries = content
+            self.entries = read_json(self.path)
 
     def get(self, file: Path) -> str | None:
         """The hash of a file that has not changed since it was stored, or None."""

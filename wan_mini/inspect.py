@@ -15,8 +15,8 @@ from torch import Tensor
 from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import SOURCES
-from wan_mini.load import build_and_check, find_tokenizer, load_dit
-from wan_mini.runs.cli import Parser
+from wan_mini.load import build_and_check, build_from_folder, find_tokenizer, load_dit
+from wan_mini.runs.cli import Parser, plain_output
 
 TOLERANCE = 1e-5  # of a stage's largest output
 
@@ -40,6 +40,12 @@ def inspect(path: Path) -> bool:
         except UserError as problem:
             complete = False
             print(f"[broken]  {kind}: {problem}")
+    if complete:
+        try:
+            build_from_folder(checkpoint)
+        except UserError as problem:
+            complete = False
+            print(f"[broken]  together: {problem}")
     return complete
 
 
@@ -108,6 +114,7 @@ def _shapes(outputs: dict[str, Tensor]) -> dict[str, torch.Size]:
     return {name: output.shape for name, output in outputs.items()}
 
 
+@plain_output()
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 complete or equal, 1 incomplete or different, 2 an error."""
     parser = Parser(prog="python -m wan_mini.inspect", description="Look into Wan 2.1 checkpoints.")

@@ -31,6 +31,7 @@ from wan_mini.hashes import FileHasher, sha256_file
 from wan_mini.layouts import download_hint
 from wan_mini.lora_files import Changes, LoraFile, read_loras
 from wan_mini.noise import start_noise
+from wan_mini.sizes import check_fit
 from wan_mini.tokenizer import Tokenizer
 from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
@@ -223,6 +224,7 @@ def _build_all(checkpoint: Checkpoint) -> dict[str, nn.Module]:
     if LOW_NOISE in checkpoint.parts:
         low_noise = build_and_check(checkpoint.require(LOW_NOISE))
         modules["dit"] = Experts(modules["dit"], low_noise, boundary_of(checkpoint))
+    check_fit(*[cast(Any, module).config for module in modules.values()])
     return modules
 
 

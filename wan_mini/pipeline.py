@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wan_mini.dit import WanDiT
 from wan_mini.errors import check_positive, check_range
 from wan_mini.prompts import NEGATIVE
-from wan_mini.scheduler import FlowEuler, FlowUniPC
+from wan_mini.scheduler import MAX_STEPS, FlowEuler, FlowUniPC
 from wan_mini.vae import WanVAE
 from wan_mini.video import to_uint8
 
@@ -40,7 +40,7 @@ class SamplingConfig:
     vae_tile: int | None = None  # pixels, multiple of 32: encode and decode in tiles, less memory, not quite the same
 
     def __post_init__(self) -> None:
-        check_range("steps", self.steps, 1)
+        check_range("steps", self.steps, 1, MAX_STEPS)
         check_positive("shift", self.shift)
         check_range("cfg", self.cfg)
         check_positive("strength", self.strength, at_most=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from wan_mini.device.offload import on_device
+from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.tokenizer import SPACES
 
@@ -19,6 +20,7 @@ NEGATIVE = (
     "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
+MAX_CHARACTERS = 100_000
 # Widths and ligatures: on other characters NFKC would change the meaning ("10²" is not "102").
 FOLDED = "[\u3000\uff01-\uffef\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]"
 
@@ -31,13 +33,17 @@ def clean_prompt(text: str) -> str:
     So the full-width commas of Wan's negative prompt become ASCII. Lost: the repair of wrongly decoded text ("cafÃ©")
     and of upper-case entities ("&NTILDE;"), and that ftfy looks for the "<" line by line.
 
+    Raises UserError on a text that is far longer than a model reads.
     Source: Wan 2.1, wan/modules/tokenizers.py; ftfy 6.3.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"a prompt may have {MAX_CHARACTERS} characters, got {len(text)}: the model reads 512 tokens")
     is_markup = "<" in text
     before = None
     while text != before:
         before = text
         if not is_markup:
+            text = re.sub("&(amp;)+", "&amp;", text)  # as one by one, which would take a pass for each
             text = re.sub("&#?[0-9A-Za-z]{1,24};", _unescape, text)
         text = re.sub("[\x80-\x9f]", _read_as_windows_1252, text)
         text = text.replace("\ufb05", "\u017ft")  # NFKC would make "st" of the ligature of long s and t

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from wan_mini.errors import UserError
 
+MAX_STEPS = 10_000
+
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
     """Bend noise levels u, of any shape and in [0,1], towards 1: shift u / (1 + (shift - 1) u).

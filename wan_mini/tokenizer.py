@@ -3,19 +3,21 @@
     prompt -> clean_prompt -> split at added tokens -> normalize -> words -> pieces of each word -> add </s>
 
 Every step gives the ids that the `tokenizers` package gives for the same file; a component that files of the T5 family
-do not hold is refused by name. The file's truncation and padding are ignored: they are the caller's.
+do not hold is refused by name. The file's truncation and padding are the caller's.
 """
 
 import base64
-import json
 import re
 import struct
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from wan_mini.errors import MissingFile, UserError
+from wan_mini.errors import UserError
+from wan_mini.json_file import read_json
+from wan_mini.weight_file import ADDED_TOKENS, VOCAB
 
 Normalizer = Callable[[str], str]
 
@@ -31,11 +33,12 @@ class Tokenizer:
     def __init__(self, spec: dict[str, Any]) -> None:
         """spec: the contents of a tokenizer.json. Raises ValueError if it is not supported, KeyError if it is short."""
         match spec["model"]:
-            case {"type": "Unigram", "unk_id": int(unk_id), "vocab": [_, *_] as vocab} if unk_id < len(vocab):
+            case {"type": "Unigram", "unk_id": int(unk_id), "vocab": [_, *_] as vocab} if 0 <= unk_id < len(vocab):
                 self.unk_id = unk_id
             case other:
                 raise _unsupported("model", other, "Unigram with unk_id and vocab")
         self.byte_fallback: bool = spec["model"].get("byte_fallback", False)
+        VOCAB(vocab, "model.vocab")
         self.scores = {piece: float(score) for piece, score in vocab}
         self.unknown_score = min(self.scores.values()) - UNKNOWN_PENALTY
         self.longest = max(map(len, self.scores))
@@ -47,6 +50,7 @@ class Tokenizer:
         self.suffix = _suffix(spec["post_processor"])
         self.added: dict[str, dict[str, Any]] = {}
         self.special_ids: set[int] = set()
+        ADDED_TOKENS(spec["added_tokens"], "added_tokens")
         for token in spec["added_tokens"]:
             self._add_token(token)
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -67,16 +71,12 @@ class Tokenizer:
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read a `tokenizer.json`. Raises MissingFile if it is not there, UserError that names what is unsupported."""
+        spec = read_json(Path(path), max_bytes=2**26)
         try:
-            content = Path(path).read_bytes()
-        except FileNotFoundError:
-            raise MissingFile(f"{path} does not exist: give a UMT5 tokenizer.json") from None
-        try:
-            return cls(json.loads(content))
-        except KeyError as key:
-            raise UserError(f"{path} is not a UMT5 tokenizer.json: it has no {key}") from None
-        except (ValueError, TypeError, struct.error) as problem:
-            raise UserError(f"{path} is not a UMT5 tokenizer.json: {problem}") from None
+            return cls(spec)
+        except (LookupError, ValueError, TypeError, AttributeError, struct.error) as problem:
+            reason = f"it has no {problem}" if isinstance(problem, KeyError) else str(problem)
+            raise UserError(f"{path} is not a UMT5 tokenizer.json: {reason}") from None
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, closed by </s>; neither truncated nor padded."""
@@ -173,12 +173,7 @@ def _normalizer(spec: dict[str, Any] | None) -> Normalizer:
 
 
 def _sequence(steps: list[Normalizer]) -> Normalizer:
-    def apply_all(text: str) -> str:
-        for step in steps:
-            text = step(text)
-        return text
-
-    return apply_all
+    return lambda text: reduce(lambda done, step: step(done), steps, text)
 
 
 def _word_splitter(spec: dict[str, Any] | None) -> Callable[[str], Iterator[str]]:
@@ -236,7 +231,10 @@ class _CharsMap:
         self.replacements = blob[4 + size :]
 
     def __call__(self, text: str) -> str:
-        return "".join(map(self._replace, _graphemes(text)))
+        try:
+            return "".join(map(self._replace, _graphemes(text)))
+        except (IndexError, ValueError):
+            raise UserError("tokenizer.json: an offset in precompiled_charsmap leads out of it: get it anew") from None
 
     def _replace(self, cluster: str) -> str:
         key = cluster.encode()
@@ -271,8 +269,8 @@ def _child(unit: int) -> int:
 def _graphemes(text: str) -> Iterator[str]:
     """Split a text into grapheme clusters (Unicode annex 29), as far as it matters.
 
-    Hangul, flags, joined emoji and Indic conjuncts stay in parts: whole they have 6 bytes or more, so that it shows
-    only where an accent of two bytes follows a part that the map itself holds.
+    Hangul, flags, joined emoji and Indic conjuncts stay in parts: whole they have 6 bytes or more. It shows only where
+    an accent of two bytes follows a part that the map itself holds.
     """
     kinds = "".join(map(_grapheme_kind, text))
     for match in re.finditer("\r\n|[\r\nC]|P*O?E*", kinds):

@@ -1,4 +1,4 @@
-"""Clips in and out: image folders and animations by Pillow; mp4, mov and webm through ffmpeg (ffmpeg.py).
+"""Clips in and out: folders and animations (images.py); mp4, mov and webm through ffmpeg (ffmpeg.py).
 
 A clip is a (T, H, W, 3) uint8 RGB array; the model's video is a (1, 3, T, H, W) float32 tensor in [-1, 1].
 Frames are decoded one by one and only those of the clip are kept: a long video costs no more memory than its clip.
@@ -6,9 +6,9 @@ Frames are decoded one by one and only those of the clip are kept: a long video 
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,19 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from wan_mini import ffmpeg
-from wan_mini.config import TOKEN_SIZE, valid_frames, valid_size
-from wan_mini.errors import MissingFile, UserError
+from wan_mini.config import MAX_FPS, TOKEN_SIZE, valid_frames, valid_size
+from wan_mini.errors import MissingFile, UserError, check_positive
+from wan_mini.images import IMAGE_EXTENSIONS, check_regular, read_animation, read_folder
 from wan_mini.runs.provenance import SOURCE_TYPE, XMP
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # of a folder's frames
 ANIMATION_EXTENSIONS = (".gif", ".webp", ".apng")  # an IMAGE_EXTENSIONS file may hold an animation, too
-VIDEO_EXTENSIONS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi")  # these need ffmpeg
+VIDEO_EXTENSIONS = (".mp4", ".mov", ".m4v", ".webm", ".mkv", ".avi", ".mpg", ".ts", ".3gp", ".flv")  # need ffmpeg
+# How files begin, whatever they are called: messengers' "GIFs" are mp4.
+ANIMATION_BYTES = re.compile(rb"GIF8|\x89PNG|\xff\xd8|RIFF....WEBP", re.DOTALL)
+VIDEO_BYTES = re.compile(rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", re.DOTALL)
+MAX_CLIP_BYTES = 2**32  # of a clip in memory
 MIN_FRAMES = 5  # two latent frames, the least that can show motion
 EXIF_IMAGE_DESCRIPTION = 0x010E  # the EXIF tag that keeps a WebP's metadata
-
-
-def nearest_frames(durations: Sequence[float], fps: float) -> np.ndarray:
-    """Resample in time: the index of the source frame to show for each output frame, at `fps` frames per second.
-
-    durations: milliseconds that each source frame stays on screen. Output frame k shows what is on screen at the
-    center of its interval, (k + 1/2) / fps; a tie goes to the earlier frame. ffmpeg's fps filter does the same.
-    """
-    ends = np.cumsum(durations)
-    count = round(ends[-1] * fps / 1000)
-    centers = (np.arange(count) + 0.5) * 1000 / fps
-    return np.searchsorted(ends, centers - 1e-6)  # rounding in the sums must not break a tie
 
 
 def read_video(
@@ -49,14 +41,17 @@ def read_video(
     size: (height, width) in pixels, multiples of 16; the aspect is kept and the excess cropped evenly from both sides.
       None keeps the clip's own, cropped to multiples of 16.
     frames: how many to read, 4k+1. None reads all; a shorter clip gives the largest 4k+1 that it has.
-    fps: target frame rate, see `nearest_frames`. None keeps the clip's own. A folder has none: each image is a frame.
+    fps: target frame rate, see images.nearest_frames. None keeps the clip's own. A folder has none: image by image.
     Rotation tags are obeyed, transparency lies over white, durations up to 10 ms count as 100 ms (as in browsers).
     Returns (T, H, W, 3) uint8. Raises UserError; MissingFile if there is no clip, no image or no ffmpeg.
     """
     path = Path(path)
     _check_request(size, frames, fps)
-    images = islice(_read_images(path, fps), frames)
-    clip = [np.asarray(_fit(image, size)) for image in images]
+    clip: list[np.ndarray] = []
+    for image in islice(_read_images(path, fps, frames), frames):
+        clip.append(np.asarray(_fit(image, size)))
+        if len(clip) * clip[0].nbytes > MAX_CLIP_BYTES:
+            raise UserError(f"{path} is too long to be read at once: read fewer frames, or pass a smaller size")
     if len(clip) < MIN_FRAMES:
         rate = f" at {fps} fps" if fps and not path.is_dir() else ""
         message = f"{path} has {len(clip)} frames{rate}, needs at least {MIN_FRAMES}: motion needs a longer clip"
@@ -135,88 +130,43 @@ def _check_request(size: tuple[int, int] | None, frames: int | None, fps: float 
         raise UserError(f"frames must be 4k+1 and at least {MIN_FRAMES}, got {frames}: try {usable}")
     if size is not None and (min(size) < TOKEN_SIZE or tuple(size) != valid_size(size)):
         raise UserError(f"size must be (height, width) in multiples of 16, got {size}: round it with valid_size")
-    if fps is not None and fps <= 0:
-        raise UserError(f"fps must be above 0, got {fps}: Wan was trained at 16")
+    if fps is not None:
+        check_positive("fps", fps, MAX_FPS)  # Wan was trained at 16
 
 
-def _read_images(path: Path, fps: float | None) -> Iterator[Image.Image]:
-    """The frames of a clip one by one, by whatever its kind needs."""
+def _read_images(path: Path, fps: float | None, frames: int | None) -> Iterator[Image.Image]:
+    """The frames of a clip one by one, by whatever its kind needs: by its first bytes, else by its name."""
     endings = " ".join(ANIMATION_EXTENSIONS + VIDEO_EXTENSIONS)
     hint = f"give a folder of PNG/JPEG frames, or one of {endings}"
     if not path.exists():
         raise MissingFile(f"no clip at {path}: {hint}")
     if path.is_dir():
-        return _read_folder(path)
+        return read_folder(path)
+    check_regular(path)
+    with path.open("rb") as stream:
+        start = stream.read(16)
     extension = path.suffix.lower()
-    if extension in ANIMATION_EXTENSIONS or extension in IMAGE_EXTENSIONS:
-        return _read_animation(path, fps)
-    if extension in VIDEO_EXTENSIONS:
-        return ffmpeg.read_frames(path, fps)
-    raise UserError(f"{path} is no clip: {hint}")
+    named_animation = extension in ANIMATION_EXTENSIONS + IMAGE_EXTENSIONS
+    if not named_animation and extension not in VIDEO_EXTENSIONS:
+        raise UserError(f"{path} is no clip: {hint}")
+    if ANIMATION_BYTES.match(start) or (named_animation and not VIDEO_BYTES.match(start)):
+        return read_animation(path, fps, frames)
+    return ffmpeg.read_frames(path, fps)
 
 
-def _read_folder(folder: Path) -> Iterator[Image.Image]:
-    paths = []
-    for path in folder.iterdir():
-        if path.suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith("."):
-            paths.append(path)
-    if not paths:
-        raise MissingFile(f"no {' '.join(IMAGE_EXTENSIONS)} in {folder}: extract the clip's frames into it")
-    paths.sort(key=_natural_order)
-    first_size = None
-    for path in paths:
-        with _unreadable_is_user_error(path), Image.open(path) as file:
-            image = _to_rgb(file)
-        if first_size is None:
-            first_size = image.size
-        if image.size != first_size:
-            sizes = f"{paths[0].name} has (width, height) = {first_size}, {path.name} has {image.size}"
-            raise UserError(f"frames in {folder} must have one size, but {sizes}: resize or remove one")
-        yield image
-
-
-def _natural_order(path: Path) -> tuple[list[str | int], str]:
-    """Sort key that reads numbers as numbers: "frame10" -> ["frame", 10, ""] comes behind "frame2"."""
-    parts: list[str | int] = []
-    for part in re.split(r"(\d+)", path.stem.lower()):
-        parts.append(int(part) if part.isdecimal() else part)
-    return parts, path.name
-
-
-def _read_animation(path: Path, fps: float | None) -> Iterator[Image.Image]:
-    with _unreadable_is_user_error(path), Image.open(path) as file:
-        first = int(getattr(file, "default_image", False))  # an APNG's cover is not part of the animation
-        durations = _frame_durations(file, first)
-        # Encoders merge equal neighbors into one longer frame: counting in units of the shortest finds them again.
-        units = np.rint(np.divide(durations, min(durations))).sum()
-        own_fps = units * 1000 / sum(durations)
-        indices = [0]
-        if len(durations) > 1:
-            indices = nearest_frames(durations, fps or own_fps).tolist()
-        for index in indices:
-            file.seek(first + index)
-            yield _to_rgb(file)
-
-
-def _frame_durations(file: Image.Image, first: int) -> list[float]:
-    """Milliseconds of each frame from number `first` on."""
-    durations = []
-    for index in range(first, getattr(file, "n_frames", 1)):
-        file.seek(index)
-        file.load()  # only now does a WebP frame know its duration
-        duration = file.info.get("duration", 0)
-        durations.append(duration if duration > 10 else 100)
-    return durations
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "I;16":  # 16-bit gray, which Pillow would clip at 255
-        image = image.point(lambda value: value * (1 / 257))
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+def remarks(frames: np.ndarray) -> list[str]:
+    """What a user should know about a reference clip (T, H, W, 3) uint8 whose motion is to be followed."""
+    jumps = []
+    for first, second in pairwise(frames):
+        jumps.append(float(np.abs(first.astype(np.int16) - second).mean()))
+    largest = max(jumps)
+    if largest == 0:
+        return ["all frames of the reference are equal: there is no motion to follow"]
+    moving = np.array(jumps)[np.array(jumps) > 0]  # a clip of a low rate repeats frames
+    if largest > 40 and largest > 10 * np.median(moving):
+        frame = jumps.index(largest) + 1
+        return [f"the reference seems to have a cut before frame {frame}: motion is followed across it"]
+    return []
 
 
 def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
@@ -241,14 +191,6 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float, comment: str) -> Non
     if SOURCE_TYPE in comment:
         options["xmp"] = XMP.encode()
     images[0].save(path, "WEBP", save_all=True, **options)
-
-
-@contextmanager
-def _unreadable_is_user_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, IndexError and more
-        raise UserError(f"cannot read {path}, it is damaged or no image ({error}): export it again") from error
 
 
 @contextmanager

@@ -1,26 +1,82 @@
 """The command line of every program: arguments, options by name, errors in one line."""
 
 import argparse
+import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
+from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
 
 import torch
 
-from wan_mini.errors import UserError
+from wan_mini.errors import CONTROLS, UserError, printable
 
 Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line."""
+    """An argument parser that complains in one line. It takes no empty text for a path, which would be any folder."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**options)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
-        self.exit(2, f"error: {message} (see --help)\n")
+        self.exit(2, f"error: {printable(message)} (see --help)\n")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("needs a path, got an empty text")
+    return Path(text)
+
+
+def new_path(text: str) -> Path:
+    """A path to be written to, as an argument's type: without control characters."""
+    if re.search(CONTROLS, text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")):
+        raise argparse.ArgumentTypeError(f"needs a path without control characters, got {text}")
+    return _path(text)
+
+
+def seed_number(text: str) -> int:
+    """The seed of a random generator, as an argument's type."""
+    number = int(text)
+    if not -(2**63) <= number < 2**64:
+        raise argparse.ArgumentTypeError(f"needs a seed from -2^63 to 2^64 - 1, got {text}")
+    return number
+
+
+class PlainOutput:
+    """A stream whose control characters, and those that its encoding lacks, are shown as escapes."""
+
+    def __init__(self, stream: TextIO, keep: str):
+        self.stream = stream
+        self.keep = keep
+
+    def write(self, text: str) -> int:
+        """Write what a terminal shows and does not obey."""
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+        plain = printable(text, self.keep).encode(encoding, "backslashreplace")
+        return self.stream.write(plain.decode(encoding))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """Names of files, texts of models and prompts are printed everywhere: here they become plain for all."""
+    with ExitStack() as stack:
+        if sys.stdout is not None:
+            stack.enter_context(redirect_stdout(PlainOutput(sys.stdout, "\n\t")))
+        if sys.stderr is not None:
+            stack.enter_context(redirect_stderr(PlainOutput(sys.stderr, "\n\t\r")))
+        yield
 
 
 def add_common_flags(parser: argparse.ArgumentParser, version: str) -> None:
@@ -46,7 +102,7 @@ def with_options(config: Config, options: Mapping[str, Any], source: str) -> Con
             raise UserError(f"{source} needs one of {', '.join(hints)}, got {name}")
         try:
             values[name] = _convert(value, hints[name])
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             example = getattr(config, name)
             raise UserError(f"{source} {name} needs a value like {example}, got {value}") from None
     return replace(config, **values)  # type: ignore[type-var]
@@ -80,10 +136,13 @@ def parse_pairs(texts: list[str], flag: str = "--set") -> dict[str, str]:
         name, separator, value = text.partition("=")
         if not name or not separator:
             raise UserError(f"{flag} needs NAME=VALUE, got {text}")
+        if name in pairs:
+            raise UserError(f"{name} given twice by {flag}: keep one")
         pairs[name] = value
     return pairs
 
 
+@plain_output()
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
     """Call a program's main. Returns the exit code: main's or 0; 2 with one line on stderr for what a user can mend."""
     show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from wan_mini.checkpoint import read_json
 from wan_mini.config import token_grid
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.json_file import read_json
 from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import GENERATED, XMP, XMP_KEYWORD

@@ -29,7 +29,7 @@ from wan_mini.runs.jobs import run_jobs
 from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
 from wan_mini.runs.request import Method, Request, apply_flags, build_parser, request_of
 from wan_mini.tiny import demo
-from wan_mini.video import read_video, write_video
+from wan_mini.video import read_video, remarks, write_video
 
 FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
 ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
@@ -158,6 +158,8 @@ def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
     frames = read_video(request.ref, size=(clip.height, clip.width), frames=clip.frames, fps=clip.fps)
     if len(frames) < clip.frames:
         print(f"note: {request.ref} is shorter than {clip.frames} frames, so {len(frames)} are used")
+    for remark in remarks(frames):
+        print(f"note: {remark}")
     return ClipConfig(clip.height, clip.width, len(frames), clip.fps), frames
 
 

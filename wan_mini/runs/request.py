@@ -22,7 +22,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
 from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
-from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
+from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, parse_pairs, seed_number, with_options
 from wan_mini.runs.folder import check_new_folder, read_preset
 from wan_mini.runs.label import add_label_flag
 from wan_mini.runs.provenance import package_version
@@ -108,7 +108,7 @@ def build_parser(method: Method) -> Parser:
     content.add_argument("--frames", type=int, help=f"4k+1, at {clip.fps:g} a second ({clip.frames}; tiny 33)")
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
-    content.add_argument("--seed", type=int, default=0, help="of the start noise (%(default)s)")
+    content.add_argument("--seed", type=seed_number, default=0, help="of the start noise (%(default)s)")
     content.add_argument("--key", help="public text that marks the start noise as yours (none), see wan_mini.verify")
     options = parser.add_argument_group("method")
     if "amf" in field_names(config):
@@ -119,7 +119,7 @@ def build_parser(method: Method) -> Parser:
     text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"
     options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
     output = parser.add_argument_group("output")
-    output.add_argument("--out", type=Path, help="new folder for the run (outputs/ and the time)")
+    output.add_argument("--out", type=new_path, help="new folder for the run (outputs/ and the time)")
     add_label_flag(output)
     output.add_argument("--png", action="store_true", help="write the frames as PNG too")
     output.add_argument(
