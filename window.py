@@ -225,7 +225,7 @@ def tile_tokens(grid: Grid, tile: tuple[int, int], device: torch.device) -> Tens
 
 
 def raster_slot(grid: Grid, tile: tuple[int, int], device: torch.device) -> Tensor:
-    """Where each token of a frame stands in tile_tokens' order, (S,): the inverse, to raster order."""
+    """Slot of each token of a frame in tile_tokens' order, (S,): the inverse, to raster order."""
     _, h, w = grid
     tile_rows = _whole_tiles(h, tile[0]) // tile[0]
     tile_columns = _whole_tiles(w, tile[1]) // tile[1]

@@ -107,9 +107,9 @@ class Drawing:
     def svg(self) -> str:
         """The whole file."""
         size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="title description">'
-        title = f'<title id="title">{escape(self.title, quote=False)}</title>'
-        description = f'<desc id="description">{escape(self.description, quote=False)}</desc>'
+        head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">'
+        title = f"<title>{escape(self.title, quote=False)}</title>"
+        description = f"<desc>{escape(self.description, quote=False)}</desc>"
         paper = f'<rect width="{self.width}" height="{self.height}" rx="8" fill="{PAPER}"/>'
         return "\n".join([head, title, description, paper, *self.parts, "</svg>"]) + "\n"
 

@@ -75,7 +75,7 @@ class Segment:
 
 
 def lay_out(block: nn.Module) -> dict[str, Segment]:
-    """A place for every weight of a block in one flat buffer, in order."""
+    """The position of every weight of a block in one flat buffer, in order."""
     segments: dict[str, Segment] = {}
     end = 0
     for name, weight in block.named_parameters():
