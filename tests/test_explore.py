@@ -87,20 +87,25 @@ def test_the_data_is_the_checkpoints(data):
 ACTIONS = """<pre id="report"></pre><script>
 const out = { flows: [], errors: [] };
 window.addEventListener("error", event => out.errors.push(event.message));
-const set = (id, value) => { const field = document.getElementById(id); field.value = value; field.dispatchEvent(new Event("input", { bubbles: true })); };
+function set(id, value) {
+  document.getElementById(id).value = value;
+  document.getElementById(id).dispatchEvent(new Event("input", { bubbles: true }));
+}
 for (const [video, i, j, block, noise, tau, size] of SETTINGS) {
   document.querySelector(`input[value=${video}]`).click();
   set("i", i); set("j", j); set("block", block); set("noise", noise); set("tau", tau); set("window", size);
   out.flows.push(window.explore.flow);
 }
 const source = document.getElementById("source"), area = source.getBoundingClientRect();
-source.dispatchEvent(new MouseEvent("click", { bubbles: true, clientX: area.left + area.width * 5.5 / 12, clientY: area.top + area.height * 2.5 / 8 }));
+const point = { clientX: area.left + area.width * 5.5 / 12, clientY: area.top + area.height * 2.5 / 8 };
+source.dispatchEvent(new MouseEvent("click", { bubbles: true, ...point }));
 out.clicked = [window.explore.state.row, window.explore.state.column];
 out.before = document.getElementById("readout").textContent;
-for (const key of ["ArrowRight", "ArrowDown", "x"]) source.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+const press = key => source.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
+for (const key of ["ArrowRight", "ArrowDown", "x"]) press(key);
 out.keyed = [window.explore.state.row, window.explore.state.column];
 out.after = document.getElementById("readout").textContent;
-for (let n = 0; n < 20; n++) source.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+for (let n = 0; n < 20; n++) press("ArrowLeft");
 out.edge = window.explore.state.column;
 document.getElementById("all").click();
 out.arrows = source.querySelectorAll("polygon, circle").length;
