@@ -37,7 +37,7 @@ Pair = tuple[int, int]  # source frame i, target frame j
 
 
 def frame_pairs(frames: int, span: int) -> list[Pair]:
-    """All (i, j) with 1 <= j - i <= span, both in latent frames; those of one distance stand together.
+    """All (i, j) with 1 <= j - i <= span, both in latent frames; grouped by distance.
 
     Eq. 3 without i = j, where nothing moves. Raises ValueError if there is no pair.
     """

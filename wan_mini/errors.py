@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and checks that raise them. Any other exception is a bug and shows its traceback."""
+"""The errors that a user can fix, and checks that raise them. Any other exception is a bug and shows its traceback."""
 
 import math
 from collections.abc import Collection

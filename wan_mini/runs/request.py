@@ -174,7 +174,7 @@ def request_of(
     if ref is None or prompt is None:
         raise UserError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not prompt.strip():
-        print("note: the prompt is empty, so the video shows whatever the model likes")
+        print("note: the prompt is empty, so the model chooses what the video shows")
     folder = args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S"))
     return Request(
         model=model,
