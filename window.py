@@ -37,7 +37,7 @@ Pair = tuple[int, int]  # source frame i, target frame j
 
 
 def frame_pairs(frames: int, span: int) -> list[Pair]:
-    """All (i, j) with 1 <= j - i <= span, both in latent frames; those of one distance stand together.
+    """All (i, j) with 1 <= j - i <= span, both in latent frames; grouped by distance.
 
     Eq. 3 without i = j, where nothing moves. Raises ValueError if there is no pair.
     """
@@ -225,7 +225,7 @@ def tile_tokens(grid: Grid, tile: tuple[int, int], device: torch.device) -> Tens
 
 
 def raster_slot(grid: Grid, tile: tuple[int, int], device: torch.device) -> Tensor:
-    """Where each token of a frame stands in tile_tokens' order, (S,): the inverse, to raster order."""
+    """Slot of each token of a frame in tile_tokens' order, (S,): the inverse, to raster order."""
     _, h, w = grid
     tile_rows = _whole_tiles(h, tile[0]) // tile[0]
     tile_columns = _whole_tiles(w, tile[1]) // tile[1]

@@ -3,6 +3,7 @@
     python notebooks/run.py                 all
     python notebooks/run.py 06 solutions/06 those whose path has one of these in it
     python notebooks/run.py --check         run, report, change no file
+    python notebooks/run.py --site DIR      run nothing; write the course as static pages into DIR (needs nbconvert)
 
 Stops at the first error of a notebook, goes on with the next, and exits with 1 if any had one.
 """
@@ -45,8 +46,24 @@ def execute(path: Path, check: bool) -> str:
     return ""
 
 
+def make_site(argv: list[str]) -> int:
+    """Write the course as static pages; returns the exit code."""
+    if len(argv) != 1:
+        print("error: --site needs one folder: python notebooks/run.py --site DIR", file=sys.stderr)
+        return 2
+    try:
+        from website import build
+    except ModuleNotFoundError as error:
+        print(f"error: --site needs {error.name}: pip install -r requirements-dev.txt", file=sys.stderr)
+        return 2
+    print(f"wrote {len(build(Path(argv[0])))} files, begin with {Path(argv[0]) / 'index.html'}")
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run what the arguments choose; returns the exit code."""
+    if argv[:1] == ["--site"]:
+        return make_site(argv[1:])
     patterns = [word for word in argv if not word.startswith("-")]
     paths = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
     failed = 0

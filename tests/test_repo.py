@@ -383,7 +383,9 @@ def test_identifiers_use_standard_terms():
 
 
 def prose_of(path: Path) -> str:
-    """A file's text; of a notebook its cells, without outputs."""
+    """A file's text; of a notebook its cells, without outputs; of a page its text, without data."""
+    if path.suffix == ".html":
+        return re.sub(r'"[^"]{2000,}"', '""', text_of(path))
     if path.suffix != ".ipynb":
         return text_of(path)
     return "\n".join("".join(cell["source"]) for cell in json.loads(text_of(path))["cells"])

@@ -7,5 +7,5 @@ Tensors are batch-first. One legend for every shape comment in this project:
     H,W token grid, or sides of a video      h,w sides of latents, twice the token grid
 
 Sizes are lower-case variables (f, h, w), so that `F` stays `torch.nn.functional`. How pixels, latents and tokens relate
-stands in config.py.
+is in config.py.
 """

@@ -85,7 +85,7 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Read the headers of a weight file, or of all of them below a folder; files of no known layout are passed over.
+    """Read the headers of a weight file, or of all of them below a folder; files of no known layout are skipped.
 
     Raises MissingFile if there is no such path, UserError for a broken file.
     """

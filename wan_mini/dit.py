@@ -125,7 +125,7 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def qk(self, x: Tensor, time: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
-        """Self-attention's q and k for the stream x (B,N,C) and nothing behind them -> 2 x (B,N,M,D) float32."""
+        """Self-attention's q and k for the stream x (B,N,C), and nothing after them -> 2 x (B,N,M,D) float32."""
         modulation = self.modulation + time  # (B,6,C)
         shift, scale = modulation[:, 0:1], modulation[:, 1:2]  # (B,1,C) each
         h = (self.norm1(x) * (1 + scale) + shift).to(self.self_attn.q.weight.dtype)
@@ -218,7 +218,7 @@ class WanDiT(nn.Module):
         zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE;
         times: temporal RoPE positions of the F latent frames, real numbers, None for 0..F-1.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
-        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs.
+        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing after it runs.
         Raises UserError on latents that do not patchify, too long a text, a block or a policy that does not exist, or
         times of another number than F.
         """
@@ -246,7 +246,7 @@ class WanDiT(nn.Module):
         tokens = patches.flatten(2).mT.float()  # (B,C,F,H,W) -> (B,C,N) -> (B,N,C), raster order
         tokens = tokens.contiguous()  # in a view, norms are slow
         # The timestep is float32: bfloat16 would round 954 to 952, the published FastVMT's mistake. The time MLP is
-        # float32 because the original's is; it would bear bfloat16.
+        # float32 because the original's is; bfloat16 would do as well.
         sinusoids = timestep_embedding(timestep, self.config.freq_dim).to(latents.device)
         time = self.time_embedding(sinusoids)  # (B,freq_dim) -> (B,C)
         modulation = self.time_projection(time).unflatten(1, (6, -1))  # (B,6C) -> (B,6,C)

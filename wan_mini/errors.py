@@ -1,4 +1,4 @@
-"""The errors that a user can mend, and checks that raise them. Any other exception is a bug and shows its traceback."""
+"""The errors that a user can fix, and checks that raise them. Any other exception is a bug and shows its traceback."""
 
 import math
 import re
@@ -21,7 +21,7 @@ def printable(text: str, keep: str = "") -> str:
 
 
 class UserError(ValueError):
-    """What was got, what was wanted, and how to fix it, in one line that any terminal may print."""
+    """What was got, what was expected, and how to fix it, in one line that any terminal may print."""
 
     def __init__(self, message: str):
         super().__init__(printable(message.replace("\n", " ")))

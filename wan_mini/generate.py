@@ -106,7 +106,7 @@ def parser() -> Parser:
     add_lora_flag(p)
     add_label_flag(p)
     p.add_argument("--prompt", help="what the video shows")
-    p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
+    p.add_argument("--negative", help="what the video should not show (Wan's own; empty for the tiny model)")
     p.add_argument("--out", type=new_path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--height", type=int, default=clip.height, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--width", type=int, default=clip.width, help="pixels, multiple of 16 (%(default)s)")

@@ -61,7 +61,7 @@ class Layout(NamedTuple):
 
     part: "dit", "vae" or "text_encoder". naming: who names the tensors so. marker: a regular expression for the
     beginning of names that only this layout has. starts, inner: {their words: our words}, where words are whole parts
-    of a name between dots; `starts` holds at the beginning of a name, `inner` at any place. Where two rows of a table
+    of a name between dots; `starts` holds at the beginning of a name, `inner` anywhere. Where two rows of a table
     fit, the longer one holds, so the order of the rows does not matter.
     """
 

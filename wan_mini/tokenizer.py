@@ -100,7 +100,7 @@ class Tokenizer:
         pieces = []
         for index in ids:
             if index not in self.pieces:
-                raise ValueError(f"id {index} has no piece, want ids of this tokenizer's {len(self.pieces)} pieces")
+                raise ValueError(f"id {index} has no piece, expected ids of this tokenizer's {len(self.pieces)} pieces")
             if index not in self.special_ids:
                 pieces.append(self.pieces[index])
         if pieces and self.drops_mark:
@@ -153,7 +153,7 @@ class Tokenizer:
 
 
 def _unsupported(component: str, spec: object, expected: str) -> ValueError:
-    return ValueError(f"{component} {str(spec)[:100]} is not supported, want {expected}")
+    return ValueError(f"{component} {str(spec)[:100]} is not supported, expected {expected}")
 
 
 def _normalizer(spec: dict[str, Any] | None) -> Normalizer:

@@ -70,7 +70,7 @@ def time_transfer(wan: Wan, size: Size, device: torch.device) -> Costs:
 
 @torch.no_grad()
 def time_released_transfer(wan: Wan, size: Size, device: torch.device) -> float:
-    """Seconds of fastvmt.transfer with the released schedule in the place of ours; all of wan is on the device."""
+    """Seconds of fastvmt.transfer with the released schedule instead of ours; all of wan is on the device."""
     config = size.motion
     clip = random_clip(size)
     timer = StageTimer(device)

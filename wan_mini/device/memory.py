@@ -1,7 +1,7 @@
 """How a run fits into a device's memory: its stages run on meta tensors, and peak.py counts the bytes that are alive.
 
 What is counted are tensors, as a GPU's allocator sees them. What its libraries take for themselves (the CUDA context,
-workspaces of convolutions) comes on top and is not counted, so a tenth of every budget is left to it.
+workspaces of convolutions) is not counted, so a tenth of every budget is left to it.
 """
 
 from collections.abc import Callable, Mapping, Sequence

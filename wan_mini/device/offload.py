@@ -18,7 +18,7 @@ ALIGNMENT = 64  # bytes; a weight that starts at a multiple of it can be read in
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device, *, offload_blocks: bool = False) -> Iterator[None]:
-    """Keep a module on the device inside the `with`; behind it, the module is where it was.
+    """Keep a module on the device inside the `with`; afterwards, the module is where it was.
 
     Weights are copied to the device and never back: they must not be changed inside. With offload_blocks, the module's
     `blocks` stay in the host's memory, and each is copied when its turn comes, while the one before it works. A
@@ -81,7 +81,7 @@ class Segment:
 
 
 def lay_out(block: nn.Module) -> dict[str, Segment]:
-    """A place for every weight of a block in one flat buffer, in order."""
+    """The position of every weight of a block in one flat buffer, in order."""
     segments: dict[str, Segment] = {}
     end = 0
     for name, weight in block.named_parameters():
@@ -144,7 +144,7 @@ class DeviceBlock:
 
 
 class BlockPrefetcher:
-    """Copies blocks to the device, the next one ahead of its time: forwards, or backwards if the calls turn round.
+    """Copies blocks to the device, the next one in advance: forwards, or backwards if the calls are.
 
     At most three copies are kept: of the block at work, of the one before it, and of the one to come. On a GPU they are
     made on a second stream, beside the work of the block before. Their memory belongs to the first stream, which may

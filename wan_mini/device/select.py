@@ -93,7 +93,7 @@ def pick_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
 def pick_attention(device: torch.device, name: str | None = None) -> tuple[str, ...]:
     """The attention kernels to try, the first choice first; () leaves the choice to torch, as on CPU and MPS.
 
-    With a name, that kernel comes first, and the others stand in where it cannot be used: no flash kernel takes float32
+    With a name, that kernel comes first, and the others are used where it cannot be: no flash kernel takes float32
     or the VAE's wide head, and cuDNN's takes neither. Hopper GPUs and later have the faster cuDNN kernels.
     Raises UserError for a name outside ATTENTION_BACKENDS.
     """

@@ -49,7 +49,7 @@ class StageTimer:
 
     @property
     def table(self) -> dict[str, dict[str, float | None]]:
-        """For each stage "seconds", and "peak_gb" (10^9 bytes; None where nobody knows), rounded to a thousandth."""
+        """For each stage "seconds", and "peak_gb" (10^9 bytes; None where it is unknown), rounded to a thousandth."""
         table: dict[str, dict[str, float | None]] = {}
         for name, seconds in self.seconds.items():
             peak = self.peak_bytes[name]
@@ -65,7 +65,7 @@ class StageTimer:
         return time.perf_counter() - self.start
 
     def _account(self) -> None:
-        """Add what passed since the last call to the innermost open stage, and start anew."""
+        """Add what passed since the last call to the innermost open stage, and start again."""
         synchronize(self.device)
         now = time.perf_counter()
         if self._open:

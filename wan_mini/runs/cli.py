@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that complains in one line. It takes no empty text for a path, which would be any folder."""
+    """An argument parser that reports errors in one line. It takes no empty text for a path, which would be any folder."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
@@ -144,7 +144,7 @@ def parse_pairs(texts: list[str], flag: str = "--set") -> dict[str, str]:
 
 @plain_output()
 def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None = None) -> int:
-    """Call a program's main. Returns the exit code: main's or 0; 2 with one line on stderr for what a user can mend."""
+    """Call a program's main. Returns the exit code: main's or 0; 2 with one line on stderr for what a user can fix."""
     show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)
     try:
         return main(argv) or 0

@@ -103,7 +103,7 @@ def write_pictures(folder: Path, frames: np.ndarray, label: Mapping[str, Any]) -
 
 
 def read_preset(folder: Path | None) -> dict[str, dict[str, Any]]:
-    """The options that a checkpoint folder brings along, {"clip": {...}, "motion": {...}}; empty where it has none."""
+    """The options in a checkpoint folder's motion.json, {"clip": {...}, "motion": {...}}; empty where it has none."""
     file = None if folder is None else folder / "motion.json"
     if file is None or not file.is_file():
         return {}

@@ -1,8 +1,8 @@
 """Fresh training data: streams of shards, each made from seeds of the training split when it is needed.
 
 A stream's shard number n holds the clips of seeds n * items, n * items + 1, ...: what a step draws follows from the
-seed of the run and the numbers of samples drawn so far, whoever makes the shard. Worker processes make shards ahead of
-the training; a shard that nobody has begun is made by whoever needs it.
+seed of the run and the number of samples drawn so far, in any process. Worker processes make shards ahead of
+the training; a shard that none has begun is made where it is needed.
 """
 
 import os

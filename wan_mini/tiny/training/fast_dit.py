@@ -1,6 +1,6 @@
 """The DiT's forward pass for training: the same function as dit.py, with one compiled kernel chain a block.
 
-Matrix products of blocks run in `dtype`, all else in float32. Three things differ from dit.py in form and not in value:
+Matrix products of blocks run in `dtype`, all else in float32. Three parts differ from dit.py in form and not in value:
 products of the same input are one product; attention is written out, because its gradient is then matrix products too;
 and the partner that RoPE mixes into a channel, q[1], -q[0], q[3], ..., comes out of a product with the weight's rows
 swapped.

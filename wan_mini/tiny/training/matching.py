@@ -1,7 +1,7 @@
-"""A loss that supervises one block of a DiT to match: its motion flow shall lead each token where the world put it.
+"""A loss that supervises one block of a DiT to match: its motion flow should lead each token to its true position.
 
-Large video models' queries and keys follow motion though nobody asked them to: FastVMT lives on that. The world knows
-the true matches, so that a small model can be asked to.
+The queries and keys of large video models follow motion without such supervision, and FastVMT relies on that. The
+synthetic world knows the true matches, so that a small model can be supervised.
 """
 
 import torch

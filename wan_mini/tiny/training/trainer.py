@@ -52,7 +52,7 @@ def batch_at(step: int, recipe: Recipe) -> Batch:
     for phase in recipe.phases:
         if step < phase.until * recipe.steps:
             return phase.batches[step % len(phase.batches)]
-    raise ValueError(f"step {step} is behind the last phase of {recipe.steps} steps")
+    raise ValueError(f"step {step} comes after the last phase of {recipe.steps} steps")
 
 
 @torch.no_grad()

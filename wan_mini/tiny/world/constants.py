@@ -1,4 +1,4 @@
-"""The numbers of the world, in pixels and frames. Who changes one needs a new checkpoint and new stored figures."""
+"""The numbers of the world, in pixels and frames. Changing one takes a new checkpoint and new stored figures."""
 
 FRAMES = 33  # 9 latent frames, two seconds
 HEIGHT = 128  # 8 rows of tokens

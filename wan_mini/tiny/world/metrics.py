@@ -21,7 +21,7 @@ def correlation(predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Pearson correlation of the paths, along columns and along rows, averaged over the axes that truly move.
 
     In [-1, 1], (points,). An axis moves if the true path's range is MIN_RANGE or more; NaN if none does, 0 if the
-    predicted path stands still. Neither place nor size of a motion matters here: `error_px` sees those.
+    predicted path stands still. Neither position nor size of a motion matters here: `error_px` sees those.
     """
     true_axes = np.stack([true.real, true.imag])  # (2,points,T)
     a = _standardize(np.stack([predicted.real, predicted.imag]))
@@ -69,7 +69,7 @@ def fidelity_published(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def fidelity(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Motion fidelity mended, in [-1, 1]: best matches in both directions, over the steps and tracks that move.
+    """Motion fidelity without these faults, in [-1, 1]: best matches both ways, over the steps and tracks that move.
 
     A track moves if one axis's range is MIN_RANGE or more, a step if it is longer than JITTER. NaN if no true track
     moves, 0 if no predicted one does.

@@ -2,8 +2,8 @@
 
 Whatever moves has a pose: in each frame, the point z of its own plane is at turn * z + shift in the frame (shapes.py
 shows these numbers). |turn| is its scale, the angle of turn its rotation. A part is attached to what it belongs to: a
-forearm to the elbow of an upper arm, a thing at rest to a moving camera. The pose that draws a sprite also carries the
-points that are tracked on it, so the tracks are true by construction.
+forearm to the elbow of an upper arm, an object at rest to a moving camera. The pose that draws a sprite also carries
+the points that are tracked on it, so the tracks are true by construction.
 """
 
 from itertools import combinations
@@ -19,7 +19,7 @@ from wan_mini.tiny.world.scenes import Objects, Scene, draw_scene
 from wan_mini.tiny.world.shapes import BAR, LIMBS, SHAPES, Shape
 
 TIME = np.linspace(0, 1, FRAMES)
-MOTIONS = {  # paths of any size and place, (T,) complex
+MOTIONS = {  # paths of any size and position, (T,) complex
     "line": TIME + 0j,
     "arc": np.exp(1.3j * np.pi * TIME),
     "zigzag": 2 * TIME + 0.8j * np.interp(TIME, [0, 0.25, 0.5, 0.75, 1], [0, 1, 0, 1, 0]),
@@ -37,15 +37,15 @@ class Pose(NamedTuple):
     shift: np.ndarray
 
     def apply(self, z: np.ndarray | complex) -> np.ndarray:
-        """Points of the thing's own plane -> points of the frame."""
+        """Points of the sprite's own plane -> points of the frame."""
         return self.turn * z + self.shift
 
     def invert(self, z: np.ndarray) -> np.ndarray:
-        """Points of the frame -> points of the thing's own plane."""
+        """Points of the frame -> points of the sprite's own plane."""
         return (z - self.shift) / self.turn
 
     def attach(self, turn: np.ndarray | complex, shift: np.ndarray | complex = 0) -> "Pose":
-        """The pose of a part, which is scaled and rotated by `turn` about the point `shift` of this thing's plane."""
+        """The pose of a part, which is scaled and rotated by `turn` about the point `shift` of this sprite's plane."""
         return Pose(self.turn * turn, self.apply(shift))
 
     def at(self, frames: np.ndarray) -> "Pose":

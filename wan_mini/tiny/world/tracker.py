@@ -1,4 +1,4 @@
-"""The tracker: paths of objects and background, read off pixels alone, and the true paths to hold against them.
+"""The tracker: paths of objects and background, read off pixels alone, and the true paths to compare them with.
 
 Generated clips, rendered ones and noise are tracked alike. Paths are (points,T), column + i row in pixels.
 """

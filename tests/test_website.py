@@ -1,0 +1,82 @@
+"""The course as static pages: every link and anchor leads somewhere, titles are there, nothing is left of notebooks."""
+
+import re
+from pathlib import Path
+
+import pytest
+import run as notebooks_run
+
+pytest.importorskip("nbconvert", reason="nbconvert is not installed: pip install -r requirements-dev.txt")
+
+import website  # needs nbconvert
+
+ROOT = website.ROOT
+
+
+def faults(site: Path, name: str) -> list[str]:
+    """What is wrong with the links of one page, with its title and with its ids."""
+    text = (site / name).read_text(encoding="utf-8")
+    wrong = []
+    for _, target, anchor in website.LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        goal = (site / name).parent / target if target else site / name
+        if not goal.is_file():
+            wrong.append(f"{name}: {target}")
+        elif anchor and goal.suffix == ".html" and f'id="{anchor[1:]}"' not in goal.read_text(encoding="utf-8"):
+            wrong.append(f"{name}: {target}{anchor}")
+    for pattern in (r"<title>[^<]{8,90}</title>", r'<meta name="description" content="[^"]{20,}', r"<h1"):
+        if not re.search(pattern, text):
+            wrong.append(f"{name}: no {pattern}")
+    return wrong
+
+
+def check(site: Path, written: list[str]) -> None:
+    pages = [name for name in written if name.endswith(".html") and name != website.EXPLORE]
+    wrong = []
+    for name in pages:
+        wrong += faults(site, name)
+    assert not wrong, "\n".join(wrong)
+    index = (site / "index.html").read_text(encoding="utf-8")
+    assert all(f'href="{name}"' in index for name in pages if name != "index.html")
+    assert website.EXPLORE in index and (site / website.EXPLORE).read_bytes() == (ROOT / website.EXPLORE).read_bytes()
+
+
+def test_documents_one_lesson_and_its_solution(tmp_path):
+    lesson = min((ROOT / "notebooks").glob("0*.ipynb"), key=lambda path: path.stat().st_size)
+    solution = f"notebooks/solutions/{lesson.name}"
+    chosen = [*website.DOCUMENTS, f"notebooks/{lesson.name}"]
+    if (ROOT / solution).exists():
+        chosen.append(solution)
+    written = website.build(tmp_path, chosen)
+    check(tmp_path, written)
+    text = (tmp_path / f"notebooks/{lesson.stem}.html").read_text(encoding="utf-8")
+    assert f"solutions/{lesson.stem}.html" in text or len(chosen) == len(website.DOCUMENTS) + 1
+    assert "<nav>" in text and "data:image/png;base64" in text
+
+
+@pytest.mark.slow
+def test_all_pages(tmp_path, capsys):
+    assert notebooks_run.main(["--site", str(tmp_path)]) == 0
+    names = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()]
+    check(tmp_path, names)
+    assert f"wrote {len(names)} files" in capsys.readouterr().out
+    lessons = [*(ROOT / "notebooks").glob("*.ipynb"), *(ROOT / "notebooks/solutions").glob("*.ipynb")]
+    for lesson in lessons:
+        assert lesson.relative_to(ROOT).with_suffix(".html").as_posix() in names
+
+
+def test_the_folder_is_needed(capsys):
+    assert notebooks_run.main(["--site"]) == 2
+    assert "--site DIR" in capsys.readouterr().err
+
+
+def test_anchors_are_those_of_the_repository():
+    heading = '<h2 id="The-x">The <code>x</code> of a, b &amp; c<a class="anchor-link" href="#The-x">&#182;</a></h2>'
+    assert website.github_anchors(heading) == '<h2 id="the-x-of-a-b--c">The <code>x</code> of a, b &amp; c</h2>'
+
+
+def test_a_description_is_plain_text():
+    text = "# Title\n\n$$x^2$$\n\n**Question:** what does [this](a.md) do\nwith `q` and $k$?\n\nMore."
+    assert website.plain(text) == "Question: what does this do with q and k?"
+    assert len(website.plain("word " * 100)) <= 160 and website.plain("word " * 100).endswith("word ...")
