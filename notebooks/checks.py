@@ -43,6 +43,8 @@ class Check:
     def same(self, results: Sequence[Any], function: Callable) -> bool:
         """Whether a function gives these results for the cases."""
         for result, case in zip(results, self.cases):
+            if result is None:  # the function has no return
+                return False
             found = torch.as_tensor(result)
             target = torch.as_tensor(function(*case))
             if found.shape != target.shape or not torch.allclose(found.double(), target.double(), atol=1e-5):
@@ -322,5 +324,19 @@ check_12 = Check(
         "this is the variance of the mean. The standard error is its root": (
             lambda one, two: (one - two).var() / len(one)
         ),
+    },
+)
+
+check_13 = Check(
+    lambda x, heads: x.unflatten(2, (heads, -1)).mean(2),
+    [(normal(1, 12, 12), 3), (normal(1, 8, 8), 4)],
+    {
+        "this is the published mistake. It averages neighboring tokens, head by head": (
+            lambda x, heads: x.reshape(1, x.shape[1] // heads, heads, -1).mean(2).reshape(1, x.shape[1], -1)
+        ),
+        "a row holds head after head, so it splits into (heads, width), not (width, heads)": (
+            lambda x, heads: x.unflatten(2, (-1, heads)).mean(3)
+        ),
+        "this is the sum of the heads, not their mean": lambda x, heads: x.unflatten(2, (heads, -1)).sum(2),
     },
 )

@@ -1,7 +1,7 @@
 """Run all notebooks and solutions from top to bottom, and keep their outputs:
 
     python notebooks/run.py                 all
-    python notebooks/run.py 06 solutions/06 those whose path has one of these in it
+    python notebooks/run.py 06 solutions/06 those whose path begins with one of these
     python notebooks/run.py --check         run, report, change no file
 
 Stops at the first error of a notebook, goes on with the next, and exits with 1 if any had one.
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     failed = 0
     for path in paths:
         name = path.relative_to(HERE).as_posix()
-        if patterns and not any(pattern in name for pattern in patterns):
+        if patterns and not any(name.startswith(pattern) for pattern in patterns):
             continue
         start = time.perf_counter()
         problem = execute(path, "--check" in argv)
