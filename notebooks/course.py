@@ -1,9 +1,9 @@
-"""What all notebooks share: source code on show, time and memory of a call, figures that read in gray, small films."""
+"""What all notebooks share: source code on show, time and memory of a call, figures, small films, exercises."""
 
 import inspect
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ import torch
 from IPython.display import Image as Shown
 from PIL import Image
 
+from wan_mini.runs.preview import side_by_side
+
 ROOT = Path(__file__).resolve().parent.parent
 
 plt.rcParams |= {
-    "figure.dpi": 80,
+    "figure.dpi": 160,  # readable on a projector
     "font.size": 10,
     "image.cmap": "gray",
     "image.interpolation": "nearest",
     "axes.grid": False,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    # Lines differ in darkness and in dash, so that they do without color.
-    "axes.prop_cycle": plt.cycler(color=["black", "#7a7a7a", "#1f5fa8", "#c06000"], linestyle=["-", "--", "-.", ":"]),
+    # Colors that color-blind readers can tell apart (Okabe and Ito), and a dash for each, for print.
+    "axes.prop_cycle": plt.cycler(color=["black", "#0072b2", "#d55e00", "#009e73"], linestyle=["-", "--", "-.", ":"]),
 }
 
 
@@ -59,15 +61,15 @@ def compare(calls: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, 
     return costs
 
 
-def film(clips: np.ndarray | Sequence[np.ndarray], fps: float = 16, every: int = 2, colors: int = 64) -> Shown:
-    """Show clips (T,H,W,3) uint8 side by side, one frame in `every`, as an animated GIF (GitHub shows no WebP).
+def film(clips: dict[str, np.ndarray], fps: float = 16, every: int = 2, colors: int = 64) -> Shown:
+    """Show clips (T,H,W,3) uint8 side by side, each under its name, as an animated GIF (GitHub shows no WebP).
 
-    About 100 kB for 17 frames of 128x384; fewer colors make it smaller. (Pillow's usual way of choosing them goes by
-    area, and would give a small red disc the color of something else.)
+    One frame in `every` is shown: 17 of a clip of 33. About 100 kB for 17 frames of 128x384; fewer colors make it
+    smaller. (Pillow's usual way of choosing them goes by area, and would give a small red disc the color of something
+    else.)
     """
-    frames = np.concatenate([clips] if isinstance(clips, np.ndarray) else list(clips), axis=2)[::every]
     palette = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
-    pictures = [Image.fromarray(frame).quantize(colors, **palette) for frame in frames]
+    pictures = [Image.fromarray(frame).quantize(colors, **palette) for frame in side_by_side(clips)[::every]]
     data = io.BytesIO()
     options = {"append_images": pictures[1:], "duration": round(1000 * every / fps), "loop": 0}
     pictures[0].save(data, "GIF", save_all=True, **options)

@@ -1,17 +1,47 @@
-"""The notebooks as they are committed: executed, complete, linked, small. `python notebooks/run.py` runs them."""
+"""The notebooks as they are committed: executed, complete, linked, short; their exercises tell right from wrong.
+
+`python notebooks/run.py` runs them.
+"""
 
 import json
 import re
 from pathlib import Path
 
+import checks
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
-COURSE = sorted(FOLDER.glob("*.ipynb"))
+LESSONS = sorted(FOLDER.glob("[0-9]*.ipynb"))
+APPENDICES = sorted(FOLDER.glob("A*.ipynb"))
 SOLUTIONS = sorted(FOLDER.glob("solutions/*.ipynb"))
 
-course = pytest.mark.parametrize("path", COURSE, ids=lambda path: path.stem)
-every = pytest.mark.parametrize("path", [*COURSE, *SOLUTIONS], ids=lambda path: f"{path.parent.name}-{path.stem}")
+WORDS = 3000  # of prose in a notebook
+CELL_WORDS = 150
+MINUTES = 90  # a lecture
+# Private words, and the standard term: review of the course, section 5.2.
+PRIVATE = {
+    r"\bgrounds?\b(?! truth)": "background",
+    r"\bthings?\b": "object, or name it",
+    r"\bplaces?\b": "position",
+    r"\bwanted\b": "target",
+    r"\bway (back|there)\b": "backward or forward pass",
+    r"\btaught\b": "supervised",
+    r"\b(pulls?|pulled)\b": "gradient",
+    r"\bknobs?\b": "hyperparameter",
+    r"\b(mean way|blind flow)\b": "mean displacement, trivial baseline",
+    r"\bthird number\b": "selectivity",
+    r"\bmended\b": "corrected",
+    r"\b[Ww]hoever\b|\bwho (does not|looks|wants)\b": "if you",
+    r"\bstands? in\b|\bgoes? astray\b|\bby heart\b|\bon the way\b": "plain English",
+    r"\bnot shown\b": "show it, or leave it out",
+}
+
+lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+prose = pytest.mark.parametrize("path", [*LESSONS, *APPENDICES], ids=lambda path: path.stem)
+every = pytest.mark.parametrize(
+    "path", [*LESSONS, *APPENDICES, *SOLUTIONS], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+MISTAKES = [(path, mistake) for path in LESSONS for mistake in getattr(checks, f"check_{path.stem[:2]}").mistakes]
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -22,28 +52,70 @@ def text(path: Path, kind: str) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in cells(path, kind))
 
 
+def exercise(path: Path) -> tuple[str, str]:
+    """The cell in which a student writes or a solution is, up to its check: the definition, and the check's line."""
+    found = ["".join(c["source"]) for c in cells(path, "code") if "exercise" in c["metadata"].get("tags", ())]
+    assert len(found) == 1
+    check = re.search(r"^\w+ = check_\d\d\(\w+\)$", found[0], re.M)
+    return found[0][: check.start()], check[0]
+
+
 @every
 def test_executed_from_top_to_bottom(path):
     code = cells(path, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]
     assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
-    assert path.stat().st_size <= 700_000
+    assert path.stat().st_size <= 1_500_000
     assert not re.search(r"/(home|root|tmp|Users|work)/", json.dumps(outputs))
     assert not re.search(r"^\s*[%!]", text(path, "code"), re.M)  # no magics: the cells are plain Python
 
 
-@course
+@lesson
 def test_each_has_its_parts(path):
-    prose, code = text(path, "markdown"), text(path, "code")
-    for part in ("# ", "**Question", "**Module", "**Test", "## Exercises", "## Summary"):
-        assert part in prose, part
-    assert len(prose.split()) >= len(code.split())
-    assert "source(" in code and "assert" in code and "compare(" in code
-    assert len(re.findall(r"^[-*] ", prose.split("## Summary")[1].split("\n\n")[1], re.M)) == 3
+    markdown, code = text(path, "markdown"), text(path, "code")
+    parts = ("# ", "**Question", "**Goals", "**Prerequisites", "**Module", "**Test", "## Exercises", "## Summary")
+    for part in (*parts, "**Predict.**", "**Change.**", "Difficulty:", "Expected time:", "<details>"):
+        assert part in markdown, part
+    assert "source(" in code and "assert" in code
+    assert len(re.findall(r"^- ", markdown.split("**Goals")[1].split("\n\n")[1], re.M)) in (2, 3, 4)
+    assert len(re.findall(r"^- ", markdown.split("## Summary")[1].split("\n\n")[1], re.M)) == 3
     assert any("image/png" in output.get("data", {}) for cell in cells(path, "code") for output in cell["outputs"])
     naive = [cell for cell in cells(path, "code") if "naive" in cell["metadata"].get("tags", ())]
-    assert naive and all(len(cell["source"]) <= 30 for cell in naive)
+    assert all(len(cell["source"]) <= 30 for cell in naive)
+
+
+@lesson
+def test_sections_have_minutes(path):
+    sections = re.findall(r"^## (.*)$", text(path, "markdown"), re.M)
+    minutes = [re.search(r"\((\d+) min\)$", section) for section in sections]
+    assert [section for section, found in zip(sections, minutes) if not found] == ["Exercises", "Summary"]
+    assert sum(int(found[1]) for found in minutes if found) <= MINUTES
+
+
+@prose
+def test_short(path):
+    assert len(text(path, "markdown").split()) <= WORDS
+    for cell in cells(path, "markdown"):
+        source = "".join(cell["source"])
+        assert len(source.split()) <= CELL_WORDS, source[:60]
+
+
+@prose
+def test_standard_terms(path):
+    sentences = text(path, "markdown")
+    assert {word: found for word in PRIVATE if (found := re.findall(f".*{word}.*", sentences))} == {}
+
+
+def test_lectures_fit():
+    """Six lectures of 90 minutes, of which reading the text aloud takes at most 35, at 150 words a minute."""
+    rows = re.findall(r"^\| \d\. [^|]*\|([^|]*)\|([^|]*)\|", (FOLDER / "README.md").read_text("utf-8"), re.M)
+    assert len(rows) == 6
+    for notebooks, plan in rows:
+        paths = [path for path in LESSONS if path.stem[:2] in notebooks]
+        assert len(paths) == len(notebooks.split(","))
+        assert sum(len(text(path, "markdown").split()) for path in paths) <= 35 * 150
+        assert sum(int(minutes) for minutes in re.findall(r" (\d+)(?=[,;]| *$)", plan)) == MINUTES
 
 
 @every
@@ -53,6 +125,43 @@ def test_links_lead_somewhere(path):
 
 
 def test_each_has_its_solutions():
-    assert [path.name for path in COURSE] == [path.name for path in SOLUTIONS]
+    assert [path.name for path in LESSONS] == [path.name for path in SOLUTIONS]
     for path in SOLUTIONS:
         assert "assert" in text(path, "code")
+
+
+@lesson
+def test_unwritten_function_is_the_courses(path, capsys):
+    names: dict = {}
+    check = getattr(checks, f"check_{path.stem[:2]}")
+    definition, last_line = exercise(path)
+    assert "NotImplementedError" in definition
+    exec(f"import torch\nfrom checks import *\n{definition}{last_line}", names)
+    assert "still to be written" in capsys.readouterr().out
+    assert check.answer in names.values()
+
+
+@lesson
+def test_solution_is_right(path, capsys):
+    definition, last_line = exercise(FOLDER / "solutions" / path.name)
+    assert "NotImplementedError" not in definition
+    exec(f"import torch\nfrom checks import *\n{definition}{last_line}", {})
+    assert "is right" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("path", "mistake"), MISTAKES)
+def test_wrong_answers_fail_by_name(path, mistake):
+    check = getattr(checks, f"check_{path.stem[:2]}")
+    definition, last_line = exercise(path)
+    written = re.search(r"^def (\w+)\(", definition, re.M)[1]
+    with pytest.raises(checks.WrongAnswer) as error:
+        exec(last_line, {written: check.mistakes[mistake], f"check_{path.stem[:2]}": check})
+    assert len(check.mistakes) == 3
+    assert str(error.value) == f"not yet: {mistake}"
+
+
+def test_other_wrong_answers_fail_with_an_example():
+    with pytest.raises(checks.WrongAnswer, match="should be"):
+        checks.check_11(lambda share, factor: 7.0)
+    with pytest.raises(checks.WrongAnswer, match="result is None"):
+        checks.check_06(lambda weights, positions: None)

@@ -71,6 +71,11 @@ def flow():
     return naive("01_flow_matching")
 
 
+@pytest.fixture(scope="module")
+def unipc():
+    return naive("A1_unipc")
+
+
 @twin("scheduler.shift_sigma")
 @pytest.mark.parametrize("shift", [0.3, 1.0, 7.0])
 def test_shift(flow, shift):
@@ -90,8 +95,8 @@ def test_euler(flow, schedule):
 
 @twin("scheduler.FlowUniPC")
 @pytest.mark.parametrize("schedule", [(1, 1.0), (2, 3.0), (10, 5.0), (25, 1.0)])
-def test_unipc(flow, schedule):
-    sampler, (levels, times) = FlowUniPC(*schedule), flow.naive_unipc_levels(*schedule)
+def test_unipc(unipc, schedule):
+    sampler, (levels, times) = FlowUniPC(*schedule), unipc.naive_unipc_levels(*schedule)
     same(torch.tensor(levels), sampler.sigmas)
     assert sampler.timesteps.tolist() == times
 
@@ -102,20 +107,20 @@ def test_unipc(flow, schedule):
     path = [start.float()]
     for index in range(schedule[0]):
         path.append(sampler.step(index, path[-1], velocity(index, path[-1])))
-    loops = flow.naive_unipc(start, velocity, levels)
+    loops = unipc.naive_unipc(start, velocity, levels)
     assert all(error(a, b.float()) < 1e-5 for a, b in zip(path, loops, strict=True))
     same(loops[-1].float(), path[-1], [start], limit=1e-3)
 
 
 @pytest.mark.parametrize("schedule", [(10, 5.0), (7, 3.0)])
-def test_unipc_loops_equal_the_official_sampler(flow, schedule):
+def test_unipc_loops_equal_the_official_sampler(unipc, schedule):
     data = {key.split("/")[1]: x for key, x in golden("unipc").items() if key.startswith(f"unipc_{schedule[0]}_")}
-    levels, times = flow.naive_unipc_levels(*schedule)
+    levels, times = unipc.naive_unipc_levels(*schedule)
 
     def velocity(index: int, x: Tensor) -> Tensor:
         return torch.einsum("ij,bjfhw->bifhw", data["A"].double(), torch.tanh(x)) * (0.5 + times[index] / 1000)
 
-    path = flow.naive_unipc(data["trajectory"][0].double(), velocity, levels)
+    path = unipc.naive_unipc(data["trajectory"][0].double(), velocity, levels)
     assert all(error(a.float(), b) < 1e-5 for a, b in zip(path, data["trajectory"]))
 
 
@@ -321,13 +326,14 @@ def test_vae(video):
 
 @twin("tiling.apply_in_chunks", "tiling.tile_slices", "tiling.Tile")
 def test_chunks_and_tiles(video):
+    tiles = naive("A5_vae_tiles")
     conv, x = vae.CausalConv3d(2, 3), leaf(1, 2, 9, 4, 6)
     same(video.in_chunks(conv, x, [1, 4, 4]), tiling.apply_in_chunks(conv, x, [9], (1, 3, 9, 4, 6), None, None), [x])
     decoder, z, shape = vae.decoder(VAEConfig(dim=4, num_res_blocks=1)), leaf(1, 16, 2, 4, 7), (1, 3, 5, 32, 56)
     tiled = tiling.apply_in_chunks(decoder, z, [1, 1], shape, 32, None)
-    same(video.in_tiles(decoder, z, [1, 1], shape, 32), tiled, [z])
+    same(tiles.in_tiles(decoder, z, [1, 1], shape, 32), tiled, [z])
     for source, target, tile in ((160, 160, 64), (20, 160, 64), (160, 20, 64), (8, 64, 32), (40, 40, 64)):
-        starts, tile_weights = video.tile_weights(source, target, min(tile, max(source, target)))
+        starts, tile_weights = tiles.tile_weights(source, target, min(tile, max(source, target)))
         pieces = tiling.tile_slices(source, target, tile)
         assert len(pieces) == len(starts)
         for row, (_, target, weight) in zip(tile_weights, pieces):
@@ -344,7 +350,8 @@ def words():
 
 
 @twin("prompts.clean_prompt")
-def test_cleaning(words):
+def test_cleaning():
+    words = naive("A2_cleaning")
     messy = ["", "  “A  fox”\n runs ", "ｗｉｄｅ　ｔｅｘｔ，ﬁne", "salt &amp;amp; pepper", "<b> &lt;i&gt;", NEGATIVE]
     for text in [*messy, "cafe\u0301 \x93x\x94 10² \x07", "\u3000全角，", "‘’‚ʼ a\x7fb\ufeff"]:
         assert words.clean_prompt(text) == prompts.clean_prompt(text)
@@ -390,7 +397,7 @@ def test_text_encoder(words):
 
 
 def test_names_and_headers(tmp_path):
-    loops = naive("05_official_weights")
+    loops, files = naive("A3_layouts"), naive("05_official_weights")
     tables = {"wan2.1_t2v_1.3b.dit": loops.dit_names(30), "wan2.1_t2v_14b.dit": loops.dit_names(40)}
     tables |= {"wan2.1.vae": loops.vae_names(2), "umt5_xxl.encoder": loops.text_names(24)}
     for part, table in tables.items():
@@ -403,7 +410,7 @@ def test_names_and_headers(tmp_path):
     save_file({"a": torch.ones(2, 3), "b": torch.ones(2).bfloat16()}, tmp_path / "x.safetensors", {"config": "{}"})
     file = tmp_path / "x.safetensors"
     ours = {entry.key: (entry.shape, entry.dtype) for entry in checkpoint.read_header(file)[0]}
-    loops = {key: (shape, checkpoint.DTYPES[dtype]) for key, (shape, dtype) in loops.header(file).items()}
+    loops = {key: (shape, checkpoint.DTYPES[dtype]) for key, (shape, dtype) in files.header(file).items()}
     assert ours == loops
 
 
