@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line. It takes no empty text for a path, which would be any folder."""
+    """Reports errors in one line, and takes no empty text for a path, which would be any folder."""
 
     def __init__(self, **options: Any):
         super().__init__(**options)
