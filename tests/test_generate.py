@@ -50,7 +50,8 @@ def test_from_prompt_to_file(folder, tmp_path, capsys, monkeypatch, sampler, fla
     )
     assert read_video(out).shape == (9, 64, 96, 3)
     assert len(compiled) == flags.count("--compile")
-    (latents,), settings = load_tensors(tmp_path / "clip.safetensors", ["latents"])
+    tensors, settings = load_tensors(tmp_path / "clip.safetensors")
+    latents = tensors["latents"]
     assert latents.shape == (1, 16, 3, 8, 12) and own.items() <= settings.items()
     again = ["--model", str(folder), "--decode", str(tmp_path / "clip.safetensors"), "--out", str(tmp_path / "2.webp")]
     again += ["--device", "cpu"]

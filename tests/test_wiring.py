@@ -339,10 +339,23 @@ def _(program, base, monkeypatch, capsys):
     again.mkdir()
     (again / "latents.safetensors").write_bytes((whole.folder / "latents.safetensors").read_bytes())
     assert main(["--decode", str(again / "latents.safetensors"), "--device", "cpu"]) == 0
-    written = {path.name for path in whole.folder.iterdir()} - {"run.json"}
+    written = {path.name for path in whole.folder.iterdir()}
     assert {path.name for path in again.iterdir()} == written
-    for name in written - {"result.mp4"}:
+    for name in written - {"run.json", "result.mp4", "report.html"}:
         assert (again / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@flag("--resume")
+def _(program, base, monkeypatch, capsys):
+    """A run that stopped before it was decoded ends as one that did not."""
+    stopped = program.place / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(fastvmt, "decode", lambda *_, **__: (_ for _ in ()).throw(Stop("seen")))
+        assert main([*program.argv(), "--out", str(stopped)]) == 2
+    assert main(["--resume", str(stopped)]) == 0
+    for name in {path.name for path in base.folder.iterdir()} - {"run.json", "result.mp4", "report.html"}:
+        assert (stopped / name).read_bytes() == (base.folder / name).read_bytes(), name
+    assert Run.read(stopped).record["losses"] == base.record["losses"]
 
 
 @flag("--dry-run")

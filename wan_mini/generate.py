@@ -22,11 +22,12 @@ from wan_mini.device.select import (
     pick_dtype,
 )
 from wan_mini.errors import UserError
-from wan_mini.load import Wan, load_vae, load_wan
+from wan_mini.load import Wan, load_wan
 from wan_mini.pipeline import decode, denoise
 from wan_mini.prompts import NEGATIVE, encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, run, with_options
-from wan_mini.runs.folder import load_tensors, read_preset, save_tensors
+from wan_mini.runs.finish import decode_saved, read_saved
+from wan_mini.runs.folder import public_label, read_preset, save_tensors
 from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 from wan_mini.video import write_video
@@ -127,10 +128,9 @@ def program(argv: list[str] | None) -> None:
     device = pick_device(args.device)
     if args.decode:
         check_output(args.out, ".mp4", ".webp")  # without ffmpeg, an mp4 becomes a webp
-        vae = load_vae(args.model, device=device, dtype=torch.float32)
-        (latents,), settings = load_tensors(args.decode, ["latents"])
-        frames = decode(vae, latents, dtype=DTYPES[settings["dtype"]])
-        print("wrote", write_video(args.out, frames, fps=settings["fps"], metadata=settings))
+        saved = read_saved(args.decode)
+        frames = decode_saved(saved, args.model, device, None)
+        print("wrote", write_video(args.out, frames, fps=saved.clip.fps, metadata=public_label(saved.settings)))
         return
     check_output(args.out, ".mp4", ".webp", ".safetensors")
     height, width = valid_size((args.height, args.width))

@@ -20,6 +20,7 @@ from torch import Tensor
 from wan_mini import ffmpeg
 from wan_mini.config import TOKEN_SIZE, valid_frames, valid_size
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.files import write_whole
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")  # of a folder's frames
 ANIMATION_EXTENSIONS = (".gif", ".webp", ".apng")  # an IMAGE_EXTENSIONS file may hold an animation, too
@@ -91,7 +92,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict
     if target != path:
         print(f"no ffmpeg on PATH, so the clip goes to {target}; for an mp4: {ffmpeg.INSTALL}")
     comment = json.dumps(metadata or {})
-    with _renamed_when_complete(target) as partial:
+    with write_whole(target) as partial:
         if target.suffix == ".mp4":
             ffmpeg.write_mp4(partial, frames, fps, comment)
         else:
@@ -246,19 +247,3 @@ def _unreadable_is_user_error(path: Path) -> Iterator[None]:
         yield
     except Exception as error:  # on broken bytes Pillow's decoders raise OSError, SyntaxError, IndexError and more
         raise UserError(f"cannot read {path}, it is damaged or no image ({error}): export it again") from error
-
-
-@contextmanager
-def _renamed_when_complete(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` that takes its name after the `with`, or is removed after an error."""
-    partial = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise UserError(f"cannot write into {path.parent} ({error.strerror}): choose another folder") from error
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

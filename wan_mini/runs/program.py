@@ -1,6 +1,9 @@
 """The program around a motion-transfer method: one run from files to files, or what a run would cost."""
 
+import math
+import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,6 @@ from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan, estimate, memory_table
 from wan_mini.device.select import (
-    DTYPES,
     attention_backend,
     compile_blocks,
     describe,
@@ -24,28 +26,45 @@ from wan_mini.device.select import (
     pick_dtype,
 )
 from wan_mini.device.timing import StageTimer
-from wan_mini.errors import UserError
-from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
-from wan_mini.pipeline import SamplingConfig, Transfer, decode
-from wan_mini.runs.folder import Panel, load_tensors, save_tensors, write_record, write_result
+from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
+from wan_mini.pipeline import SamplingConfig, Timer, Transfer
+from wan_mini.runs.cli import refuse_flags
+from wan_mini.runs.finish import finish
+from wan_mini.runs.folder import ARROW_TILE, Panel, check_room, write_preview, write_result
 from wan_mini.runs.provenance import sha256_clip, versions
-from wan_mini.runs.request import Method, Request, apply_flags, build_parser, load_preset, request_of
+from wan_mini.runs.record import RunFiles
+from wan_mini.runs.request import (
+    Method,
+    Request,
+    apply_flags,
+    build_parser,
+    load_preset,
+    request_of,
+    resumed_request,
+)
 from wan_mini.tiny import demo
 from wan_mini.video import read_video
 
-FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
-ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
-
 
 def program(method: Method, argv: list[str] | None) -> None:
-    """Parse, then finish an old run, print a new one's costs, or do it."""
-    args = build_parser(method).parse_args(argv)
-    device = pick_device(args.device)
-    dtype = pick_dtype(device, args.dtype)
+    """Parse, then decode an old run, go on with one, print a new one's costs, or do it."""
+    parser = build_parser(method)
+    args = parser.parse_args(argv)
     if args.decode:
-        finish(args.decode, device, args.png)
+        refuse_flags(parser, argv, "--decode", ("decode", "model", "ref", "out", "set", "png", "device"))
+        finish(args)
         return
+    device = pick_device(args.device)
     timer = StageTimer(device)
+    if args.resume:
+        given = refuse_flags(parser, argv, "--resume", ("resume", "model", "ref", "device", "offload"))
+        request = resumed_request(args, method, given)
+        if request is None:
+            print(f"{args.resume} is finished: there is nothing to do")
+            return
+        execute(method, request, open_model(request.model)[2] or request.model, timer)
+        return
+    dtype = pick_dtype(device, args.dtype)
     with timer("plan"):
         name, parts, checkpoint = open_model(args.model)
         clip, config = load_preset(preset_folder(args.model, name), method.config)
@@ -79,42 +98,65 @@ def preset_folder(model: Path | None, name: str) -> Path | None:
 
 
 def execute(method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer) -> None:
-    """Do one run with the model. What can fail cheaply comes first; the latents are saved before they are decoded."""
+    """Do one run with the model in its new folder. An error, or a stop, says how to go on; else the folder goes."""
+    files = RunFiles(method, request, timer)
+    try:
+        run_to_files(method, request, model, files)
+    except BaseException as error:  # also Ctrl-C
+        files.advise_next(error)
+        raise
+
+
+def run_to_files(method: Method, request: Request, model: Path | Checkpoint, files: RunFiles) -> None:
+    """One run. What can fail cheaply comes first; the latents are saved before they are decoded."""
+    timer = files.timer
     with timer("read"):
         clip, frames = read_reference(request)
+        check_room(request.folder, 4 * math.prod(latent_shape(*frames.shape[:3])), frames.nbytes)
     with timer("load"):
         home = request.device if request.offload == "none" else torch.device("cpu")
         wan = load_wan(model, device=home, dtype=request.dtype)
         if request.compile:
             compile_blocks(wan.dit)
-    settings = settings_of(request, clip, frames)
+    files.begin(settings_of(method, request, clip, frames), machine(request, wan))
     size = f"{len(frames)} frames of {clip.width}x{clip.height}"
     print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {request.folder}")
-
-    def save(result: Transfer) -> None:
-        tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
-        save_tensors(request.folder / "latents.safetensors", tensors, settings)
-        record = {**settings, "stages": timer.table, **result.report, **machine(request, wan)}
-        write_record(request.folder / "run.json", record)
-
     options = {
         "seed": request.seed,
         "device": request.device,
         "offload_blocks": request.offload == "blocks",
         "recompute": request.recompute,
     }
+    transfer = partial(method.transfer, wan, frames, request.prompt, **options)
+    stages = announced(timer)
     with attention_backend(pick_attention(request.device)):
-        result = method.transfer(wan, frames, request.prompt, request.config, timer=timer, on_latents=save, **options)
+        journal = files.journal("state")
+        result = transfer(request.config, timer=stages, on_latents=files.save, **journal)
         panels = {"reference": (frames, result.flows[0]), "result": (shown(result), result.flows[1])}
+        with timer("write"):
+            written = [write_result(request.folder, shown(result), files.settings, png=request.png)]
         if request.unguided and request.config != method.unguided(request.config):
-            with timer("unguided"):
-                plain = method.transfer(wan, frames, request.prompt, method.unguided(request.config), **options)
+            with stages("unguided"):
+                plain = transfer(method.unguided(request.config), **files.journal("state-unguided"))
             panels["without guidance"] = shown(plain), plain.flows[1]
     with timer("write"):
-        files = write_result(request.folder, panels, settings, tile=ARROW_TILE, png=request.png)
-    save(result)  # again, with all costs
-    print("wrote", ", ".join(str(file) for file in files))
+        written.append(write_preview(request.folder, panels, files.settings, tile=ARROW_TILE))
+    files.end(result)
+    print("wrote", ", ".join(str(file) for file in written))
     print_summary(request, timer, result, panels)
+
+
+def announced(timer: StageTimer) -> Timer:
+    """The timer, which says when a stage begins for the first time, in a log; on a terminal there is a bar."""
+    begun = set()
+
+    def stage(name: str) -> AbstractContextManager[None]:
+        if name not in begun and not sys.stderr.isatty():
+            print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
+        begun.add(name)
+        return timer(name)
+
+    return stage
 
 
 def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
@@ -126,9 +168,11 @@ def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
     return ClipConfig(clip.height, clip.width, len(frames), clip.fps), frames
 
 
-def settings_of(request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
+def settings_of(method: Method, request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
     """What a result depends on: kept beside the latents, in run.json and in every file's metadata."""
     return {
+        "ai_generated": True,
+        "program": method.prog,
         "model": str(request.model.resolve()),
         "ref": str(request.ref.resolve()),
         "ref_sha256": sha256_clip(frames),
@@ -152,6 +196,8 @@ def machine(request: Request, wan: Wan) -> dict[str, Any]:
         "compute": compute_line(request),
         "offload": request.offload,
         "compile": request.compile,
+        "png": request.png,
+        "unguided": request.unguided,
         "versions": versions(),
         "checkpoint_sha256": wan.hashes,
     }
@@ -215,19 +261,3 @@ def print_costs(
     print(f"denoising    {config.steps} steps of {passes} passes, {denoising / 1e12:,.1f} TFLOP")
     print(f"memory of a GPU in GB, weights in {dtype}, by what is offloaded and what a gradient recomputes:")
     print(memory_table(plan_memory(method, parts, clip, config, dtype)))
-
-
-def finish(latents: Path, device: torch.device, png: bool) -> None:
-    """Decode the latents of a run that stopped there, and write its result beside them."""
-    (x, *flows), settings = load_tensors(latents, ["latents", *FLOWS])
-    clip = ClipConfig(**settings["clip"])
-    frames = read_video(settings["ref"], size=(clip.height, clip.width), frames=clip.frames, fps=clip.fps)
-    if sha256_clip(frames) != settings["ref_sha256"]:
-        raise UserError(f"{settings['ref']} has changed since the run: put the old clip back")
-    vae = load_vae(settings["model"], device=device, dtype=torch.float32)
-    tile = settings["config"]["vae_tile"]
-    dtype = DTYPES[settings["dtype"].removeprefix("torch.")]
-    result = decode(vae, x, tile=tile, dtype=dtype)
-    panels = {"reference": (frames, flows[0]), "result": (result, flows[1])}
-    files = write_result(latents.parent, panels, settings, tile=ARROW_TILE, png=png)
-    print("wrote", ", ".join(str(file) for file in files))

@@ -1,0 +1,94 @@
+"""What a run writes while it goes: its record, its state, its latents; and what to do next if it stops."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from wan_mini.checkpoint import read_json
+from wan_mini.device.timing import StageTimer
+from wan_mini.files import Unwritable
+from wan_mini.pipeline import Transfer
+from wan_mini.runs.cli import advise
+from wan_mini.runs.folder import (
+    FLOWS,
+    LATENTS,
+    RECORD,
+    remove_empty_run,
+    remove_states,
+    save_latents,
+    states,
+    write_record,
+)
+from wan_mini.runs.journal import Journal
+from wan_mini.runs.request import Method, Request
+
+
+class RunFiles:
+    """The files of one run, up to its result."""
+
+    def __init__(self, method: Method, request: Request, timer: StageTimer):
+        self.method = method
+        self.request = request
+        self.timer = timer
+        self.folder = request.folder
+        self.settings: Mapping[str, Any] = {}
+        self.machine: Mapping[str, Any] = {}
+        self.latents: Path | None = None  # once they are saved
+        self.journals: list[Journal] = []
+        self.is_new = not states(request.folder)
+
+    def begin(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
+        """Write what the run is to be, from which it could begin again. Raises UserError if its state is of another."""
+        self.settings = settings
+        self.machine = machine
+        for file in states(self.folder):
+            self.journal(file.stem)
+        self._record("started", {"recompute": self.request.recompute})
+
+    def journal(self, name: str) -> dict[str, Journal]:
+        """The keyword for a transfer that keeps its state under this name; none if the method cannot go on."""
+        if not self.method.resumable:
+            return {}
+        hashes = self.machine["checkpoint_sha256"]
+        self.journals.append(Journal(self.folder / f"{name}.safetensors", self.settings, hashes))
+        return {"journal": self.journals[-1]}
+
+    def save(self, result: Transfer) -> None:
+        """Save a result that is not decoded yet."""
+        tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
+        self.latents = save_latents(self.folder / LATENTS, tensors, self.settings)
+        self._record("started", result.report)
+
+    def end(self, result: Transfer) -> None:
+        """Write all costs; the states are no longer needed."""
+        self._record("finished", result.report)
+        remove_states(self.folder)
+
+    def _record(self, status: str, report: Mapping[str, Any]) -> None:
+        record = {"status": status, **self.settings, "stages": self.timer.table, **report, **self.machine}
+        write_record(self.folder / RECORD, record)
+
+    def advise_next(self, error: BaseException) -> None:
+        """Let the line about an error, or a stop, end with how to go on; a folder with nothing to keep is removed."""
+        steps = max([journal.step for journal in self.journals], default=0)
+        stopped = isinstance(error, (KeyboardInterrupt, Unwritable))
+        command = f"python {self.method.prog}"
+        resumes = states(self.folder) and (steps > 0 or stopped or not self.is_new)
+        shown = list(self.folder.glob("result.*"))
+        if self.latents is not None and not shown and not (resumes and isinstance(error, KeyboardInterrupt)):
+            advise(error, f"the latents are safe, to decode them: {command} --decode {shlex.quote(str(self.latents))}")
+        elif resumes:
+            advise(error, f"to go on: {command} --resume {shlex.quote(str(self.folder))}")
+        elif shown:
+            advise(error, f"the result is there: {shown[0]}")
+        else:
+            remove_states(self.folder)
+            remove_empty_run(self.folder)
+
+
+def mark_finished(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Note in a run's record, or in a new one of these settings, that it has its result."""
+    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    write_record(folder / RECORD, {**settings, **record, "status": "finished"})
+    remove_states(folder)
