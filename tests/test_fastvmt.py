@@ -238,7 +238,7 @@ def test_from_file_to_file(folder, tmp_path, clip, capsys):
         out = tmp_path / f"out-{ref.name}"
         assert main(["--model", str(folder), "--ref", str(ref), "--prompt", "a cat", "--out", str(out), *FLAGS]) == 0
         names = {path.name for path in out.iterdir()}
-        assert {"latents.safetensors", "run.json", "preview.webp"} < names and len(names) == 4
+        assert {"latents.safetensors", "run.json", "preview.webp", "report.html"} < names and len(names) == 5
         result = out / ("result.mp4" if shutil.which("ffmpeg") else "result.webp")
         assert read_video(result).shape == (9, 64, 96, 3)
         assert read_video(out / "preview.webp", fps=16).shape[0] == 9

@@ -61,7 +61,7 @@ class Small:
 
 
 def at_event(patch: pytest.MonkeyPatch, moment: int, act) -> list[int]:
-    """Do something at an event of a run: a pass of the transformer, work of the VAE, a write, or a renaming."""
+    """Do something at an event of a run: a pass of the transformer, work of the VAE, before or after a renaming."""
     seen: list[int] = []
 
     def count(owner, name):
@@ -77,7 +77,6 @@ def at_event(patch: pytest.MonkeyPatch, moment: int, act) -> list[int]:
 
     for owner, name in ((WanDiT, "forward"), (WanVAE, "encode"), (WanVAE, "decode"), (files, "sync")):
         count(owner, name)
-    count(Path, "replace")
     patch.setattr(journal, "EVERY", 0.0)  # every step is kept
     patch.setattr(journal.Journal.__init__, "__defaults__", (0.0,))
     return seen

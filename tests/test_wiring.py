@@ -619,7 +619,18 @@ OPTIONS = {"--prompt": ("a red fox", {"prompt": "a red fox"}), "--negative": ("a
 OPTIONS |= {"--height": ("32", {"height": 32}), "--width": ("64", {"width": 64}), "--frames": ("9", {"frames": 9})}
 OPTIONS |= {"--steps": ("3", {"steps": 3}), "--sampler": ("euler", {"sampler": "euler"})}
 OPTIONS |= {"--shift": ("2.5", {"shift": 2.5}), "--cfg": ("2.0", {"cfg": 2.0}), "--seed": ("11", {"seed": 11})}
-OTHERS = {"--model", "--dtype", "--out", "--device", "--offload", "--compile", "--decode", "--version", "--traceback"}
+OTHERS = {
+    "--model",
+    "--dtype",
+    "--vae-tile",
+    "--out",
+    "--device",
+    "--offload",
+    "--compile",
+    "--decode",
+    "--version",
+    "--traceback",
+}
 
 
 class Generate:
@@ -694,7 +705,20 @@ def test_out_and_decode_of_generate(generate, plain, monkeypatch):
     assert again.read_bytes() == out.read_bytes()
     monkeypatch.chdir(generate.place)
     assert run(generate_program, generate.argv("--steps", "1")) == 0
-    assert len(list((generate.place / "outputs").glob("generated.*"))) == 2
+    assert len(list((generate.place / "outputs").glob("generated.*"))) == 3  # with its page
+
+
+def test_tiles_of_generate(generate, plain):
+    """For the decoder only; --decode takes others."""
+    out, latents, settings = generate.run("--vae-tile", "32")
+    assert torch.equal(latents, plain[1]) and settings["vae_tile"] == 32
+    tiled, whole = (decode(generate.wan.vae, latents, tile=tile) for tile in (32, None))
+    again = ["--model", str(generate.model), "--decode", str(out.with_suffix(".safetensors")), "--device", "cpu"]
+    again += ["--out", str(generate.place / "64.webp"), "--vae-tile", "64"]
+    assert run(generate_program, again) == 0
+    for path, near, far in ((out, tiled, whole), (generate.place / "64.webp", whole, tiled)):
+        shown = read_video(path).astype(float)
+        assert np.abs(shown - near).mean() < np.abs(shown - far).mean()
 
 
 def test_generate_never_overwrites(generate, plain):
@@ -728,7 +752,8 @@ def test_version_and_traceback_of_generate(generate, capsys):
 
 def test_options_of_generate_are_those_of_its_config(generate, plain):
     _, _, settings = plain
-    assert {f.name for f in fields(GenerateConfig)} <= {name.removeprefix("--") for name in OPTIONS}
+    options = OPTIONS.keys() | {"--vae-tile"}
+    assert {f.name for f in fields(GenerateConfig)} <= {name.removeprefix("--").replace("-", "_") for name in options}
     assert {f.name for f in (*fields(GenerateConfig), *fields(ClipConfig))} <= settings.keys()
 
 

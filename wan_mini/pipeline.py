@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
-from wan_mini.errors import check_positive, check_range
+from wan_mini.errors import UserError, check_positive, check_range
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import FlowEuler, FlowUniPC
-from wan_mini.vae import WanVAE
+from wan_mini.vae import TILE_MULTIPLE, WanVAE
 from wan_mini.video import to_tensor, to_uint8
 
 progress_bar = partial(tqdm, disable=None)  # on a terminal; not in a log, where each turn would be kept
@@ -45,6 +45,13 @@ class SamplingConfig:
         check_positive("shift", self.shift)
         check_range("cfg", self.cfg)
         check_positive("strength", self.strength, at_most=1)
+        check_vae_tile(self.vae_tile)
+
+
+def check_vae_tile(tile: int | None) -> None:
+    """Raises UserError unless the VAE can work in tiles of this side in pixels; None: in whole frames."""
+    if tile is not None and (tile < TILE_MULTIPLE or tile % TILE_MULTIPLE):
+        raise UserError(f"vae_tile must be a positive multiple of {TILE_MULTIPLE} pixels or none, got {tile}")
 
 
 @dataclass

@@ -20,18 +20,23 @@ from wan_mini.runs.cli import parse_pairs, with_options
 from wan_mini.runs.folder import (
     ARROW_TILE,
     FLOWS,
+    RECORD,
+    REPORT,
     Panel,
     load_tensors,
     new_folder,
     remove_empty_run,
+    remove_states,
     write_preview,
+    write_record,
     write_result,
 )
 from wan_mini.runs.provenance import sha256_clip
-from wan_mini.runs.record import mark_finished
+from wan_mini.runs.record import old_record
+from wan_mini.runs.report import write_report
 from wan_mini.video import read_video
 
-OUTPUTS = ("result.*", "preview.webp", "report.html", "frame*.png")
+OUTPUTS = ("result.*", "preview.webp", REPORT, "frame*.png")
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ def finish(args: Namespace) -> None:
     The reference is needed for the preview alone. Raises UserError if anything would be overwritten.
     """
     saved = read_saved(args.decode)
+    if len(saved.flows) < len(FLOWS):
+        raise UserError(f"{args.decode} is of no motion transfer: use python -m wan_mini.generate --decode")
     options = parse_pairs(args.set)
     if options.keys() - {"vae_tile"}:
         raise UserError(f"--decode takes --set vae_tile=PIXELS only, got {', '.join(options)}: the rest is computed")
@@ -107,12 +114,14 @@ def finish(args: Namespace) -> None:
         raise
     written = [write_result(folder, frames, settings, png=args.png)]
     panels: dict[str, Panel] = {}
-    if reference is not None and saved.flows:
+    if reference is not None:
         panels["reference"] = (reference, saved.flows[0])
-    if saved.flows:
-        panels["result"] = (frames, saved.flows[1])
-        written.append(write_preview(folder, panels, settings, tile=ARROW_TILE))
-    mark_finished(folder, settings)
+    panels["result"] = (frames, saved.flows[1])
+    written.append(write_preview(folder, panels, settings, tile=ARROW_TILE))
+    record = old_record(args.decode.parent, settings)
+    written.append(write_report(folder / REPORT, panels, record))
+    write_record(folder / RECORD, record)
+    remove_states(folder)
     print("wrote", ", ".join(str(file) for file in written))
 
 

@@ -25,6 +25,7 @@ from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.video import write_video
 
 RECORD = "run.json"
+REPORT = "report.html"
 LATENTS = "latents.safetensors"
 FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
 ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview

@@ -30,9 +30,10 @@ from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
 from wan_mini.pipeline import SamplingConfig, Timer, Transfer
 from wan_mini.runs.cli import refuse_flags
 from wan_mini.runs.finish import finish
-from wan_mini.runs.folder import ARROW_TILE, Panel, check_room, write_preview, write_result
+from wan_mini.runs.folder import ARROW_TILE, REPORT, Panel, check_room, write_preview, write_result
 from wan_mini.runs.provenance import sha256_clip, versions
 from wan_mini.runs.record import RunFiles
+from wan_mini.runs.report import write_report
 from wan_mini.runs.request import (
     Method,
     Request,
@@ -141,6 +142,7 @@ def run_to_files(method: Method, request: Request, model: Path | Checkpoint, fil
             panels["without guidance"] = shown(plain), plain.flows[1]
     with timer("write"):
         written.append(write_preview(request.folder, panels, files.settings, tile=ARROW_TILE))
+        written.append(write_report(request.folder / REPORT, panels, files.record("finished", result)))
     files.end(result)
     print("wrote", ", ".join(str(file) for file in written))
     print_summary(request, timer, result, panels)
@@ -195,6 +197,7 @@ def machine(request: Request, wan: Wan) -> dict[str, Any]:
     return {
         "compute": compute_line(request),
         "offload": request.offload,
+        "recompute": request.recompute,
         "compile": request.compile,
         "png": request.png,
         "unguided": request.unguided,

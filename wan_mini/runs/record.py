@@ -44,7 +44,7 @@ class RunFiles:
         self.machine = machine
         for file in states(self.folder):
             self.journal(file.stem)
-        self._record("started", {"recompute": self.request.recompute})
+        write_record(self.folder / RECORD, {"status": "started", **settings, **machine})
 
     def journal(self, name: str) -> dict[str, Journal]:
         """The keyword for a transfer that keeps its state under this name; none if the method cannot go on."""
@@ -58,16 +58,16 @@ class RunFiles:
         """Save a result that is not decoded yet."""
         tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
         self.latents = save_latents(self.folder / LATENTS, tensors, self.settings)
-        self._record("started", result.report)
+        write_record(self.folder / RECORD, self.record("started", result))
 
     def end(self, result: Transfer) -> None:
         """Write all costs; the states are no longer needed."""
-        self._record("finished", result.report)
+        write_record(self.folder / RECORD, self.record("finished", result))
         remove_states(self.folder)
 
-    def _record(self, status: str, report: Mapping[str, Any]) -> None:
-        record = {"status": status, **self.settings, "stages": self.timer.table, **report, **self.machine}
-        write_record(self.folder / RECORD, record)
+    def record(self, status: str, result: Transfer) -> dict[str, Any]:
+        """All that run.json tells: settings, costs so far, what the guidance did, machine and versions."""
+        return {"status": status, **self.settings, **self.machine, "stages": self.timer.table, **result.report}
 
     def advise_next(self, error: BaseException) -> None:
         """Let the line about an error, or a stop, end with how to go on; a folder with nothing to keep is removed."""
@@ -87,8 +87,7 @@ class RunFiles:
             remove_empty_run(self.folder)
 
 
-def mark_finished(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Note in a run's record, or in a new one of these settings, that it has its result."""
+def old_record(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """These settings, and what the record in a folder knows besides."""
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    write_record(folder / RECORD, {**settings, **record, "status": "finished"})
-    remove_states(folder)
+    return {**settings, **record, "status": "finished"}
