@@ -77,8 +77,7 @@ def at_event(patch: pytest.MonkeyPatch, moment: int, act) -> list[int]:
 
     for owner, name in ((WanDiT, "forward"), (WanVAE, "encode"), (WanVAE, "decode"), (files, "sync")):
         count(owner, name)
-    patch.setattr(journal, "EVERY", 0.0)  # every step is kept
-    patch.setattr(journal.Journal.__init__, "__defaults__", (0.0,))
+    patch.setitem(journal.Journal.__init__.__kwdefaults__, "every", 0.0)  # every step is kept
     return seen
 
 
@@ -199,7 +198,7 @@ class FullDisk:
             sync(path)
 
         patch.setattr(files, "sync", fails)
-        patch.setattr(journal.Journal.__init__, "__defaults__", (0.0,))
+        patch.setitem(journal.Journal.__init__.__kwdefaults__, "every", 0.0)  # every step is kept
 
 
 def test_a_full_disk_at_each_write_loses_no_run(small, whole, capsys, monkeypatch):
@@ -258,6 +257,21 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_a_state_is_kept_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    state = journal.Journal(tmp_path / "state.safetensors", {}, {})
+    kept = []
+    for step in range(1, 8):
+        now[0] += 25.0
+        state.keep(step, 7, torch.full((1,), float(step)), None)
+        kept.append(load_file(state.path)["latents"].item() if state.path.exists() else 0)
+    assert kept == [0, 0, 3, 3, 3, 6, 7]
+    silent = journal.Journal(tmp_path / "other.safetensors", {}, {}, writes=False, every=0.0)
+    silent.keep(1, 1, torch.zeros(1), None)  # another process of the same run
+    assert not silent.path.exists()
 
 
 # Folders.

@@ -27,11 +27,20 @@ class Journal:
     .Journal. A disk that is full stops no run: it is said once, and the run goes on.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], hashes: Mapping[str, str], every: float = EVERY):
-        """Read the state if the file is there. Raises UserError if it is of other settings, weights or clip."""
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        hashes: Mapping[str, str],
+        *,
+        writes: bool = True,
+        every: float = EVERY,
+    ):
+        """Read the state if the file is there; writes: keep it there too. Raises UserError if it is of another run."""
         self.path = path
         self.settings = {name: value for name, value in settings.items() if name not in PATHS}
         self.hashes = dict(hashes)
+        self.writes = writes
         self.every = every
         self.step = 0
         self.history: dict[str, Any] = {}
@@ -68,6 +77,8 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
+        if not self.writes:
+            return
         try:
             more = {"checkpoint_sha256": self.hashes, "step": self.step, "history": self.history}
             save_tensors(self.path, self.tensors, self.settings, **more)

@@ -63,7 +63,7 @@ def program(method: Method, argv: list[str] | None) -> None:
         if request is None:
             print(f"{args.resume} is finished: there is nothing to do")
             return
-        execute(method, request, open_model(request.model)[2] or request.model, timer)
+        execute(method, request, open_model(request.model)[2] or request.model, timer, resumed=True)
         return
     dtype = pick_dtype(device, args.dtype)
     with timer("plan"):
@@ -98,9 +98,14 @@ def preset_folder(model: Path | None, name: str) -> Path | None:
     return demo.CHECKPOINT if name == "tiny" else model
 
 
-def execute(method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer) -> None:
-    """Do one run with the model in its new folder. An error, or a stop, says how to go on; else the folder goes."""
-    files = RunFiles(method, request, timer)
+def execute(
+    method: Method, request: Request, model: Path | Checkpoint, timer: StageTimer, *, resumed: bool = False
+) -> None:
+    """Do one run with the model, in a new folder or in that of the run resumed. An error, or a stop, says how to go on.
+
+    A new folder that would hold nothing worth keeping is removed.
+    """
+    files = RunFiles(method, request, timer, resumed=resumed)
     try:
         run_to_files(method, request, model, files)
     except BaseException as error:  # also Ctrl-C
@@ -113,7 +118,7 @@ def run_to_files(method: Method, request: Request, model: Path | Checkpoint, fil
     timer = files.timer
     with timer("read"):
         clip, frames = read_reference(request)
-        check_room(request.folder, 4 * math.prod(latent_shape(*frames.shape[:3])), frames.nbytes)
+        check_room(files.folder, 4 * math.prod(latent_shape(*frames.shape[:3])), frames.nbytes)
     with timer("load"):
         home = request.device if request.offload == "none" else torch.device("cpu")
         wan = load_wan(model, device=home, dtype=request.dtype)
@@ -121,7 +126,7 @@ def run_to_files(method: Method, request: Request, model: Path | Checkpoint, fil
             compile_blocks(wan.dit)
     files.begin(settings_of(method, request, clip, frames), machine(request, wan))
     size = f"{len(frames)} frames of {clip.width}x{clip.height}"
-    print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {request.folder}")
+    print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {files.folder}")
     options = {
         "seed": request.seed,
         "device": request.device,
@@ -135,14 +140,14 @@ def run_to_files(method: Method, request: Request, model: Path | Checkpoint, fil
         result = transfer(request.config, timer=stages, on_latents=files.save, **journal)
         panels = {"reference": (frames, result.flows[0]), "result": (shown(result), result.flows[1])}
         with timer("write"):
-            written = [write_result(request.folder, shown(result), files.settings, png=request.png)]
+            written = [write_result(files.folder, shown(result), files.settings, png=request.png)]
         if request.unguided and request.config != method.unguided(request.config):
             with stages("unguided"):
                 plain = transfer(method.unguided(request.config), **files.journal("state-unguided"))
             panels["without guidance"] = shown(plain), plain.flows[1]
     with timer("write"):
-        written.append(write_preview(request.folder, panels, files.settings, tile=ARROW_TILE))
-        written.append(write_report(request.folder / REPORT, panels, files.record("finished", result)))
+        written.append(write_preview(files.folder, panels, files.settings, tile=ARROW_TILE))
+        written.append(write_report(files.folder / REPORT, panels, files.record("finished", result)))
     files.end(result)
     print("wrote", ", ".join(str(file) for file in written))
     print_summary(request, timer, result, panels)

@@ -22,7 +22,7 @@ from wan_mini.errors import UserError, check_range
 from wan_mini.files import remove_partial
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
-from wan_mini.runs.folder import RECORD, new_folder, read_preset, remove_states
+from wan_mini.runs.folder import RECORD, read_preset, remove_states
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
 
@@ -57,7 +57,7 @@ class Request:
     offload: str  # one of offload.OFFLOAD
     recompute: str | None  # one of dit.RECOMPUTE; None: the least that fits
     compile: bool
-    folder: Path
+    folder: Path | None  # None: a name of its own
     png: bool
     unguided: bool  # show the same seed without guidance too
 
@@ -192,7 +192,7 @@ def request_of(
         offload=offload,
         recompute=recompute,
         compile=args.compile,
-        folder=new_folder(args.out),
+        folder=args.out,
         png=args.png,
         unguided=args.unguided or args.model is None,
     )
