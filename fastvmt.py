@@ -18,24 +18,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from losses import amf_loss, key_gradient_norms, total_loss, window_loss
 from skip_optim import optimize
 from wan_mini.device.flops import forward_flops, gradient_flops
 from wan_mini.device.memory import Gradient, choose_recompute
 from wan_mini.device.offload import on_device
-from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
 from wan_mini.errors import check_choice, check_positive, check_range
 from wan_mini.load import Wan
-from wan_mini.pipeline import SamplingConfig, Timer, Transfer, decode, denoise, no_timer
+from wan_mini.pipeline import Journal, SamplingConfig, Timer, Transfer, decode, denoise, encode, no_timer
 from wan_mini.prompts import encode_prompts
 from wan_mini.runs.cli import run
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method
 from wan_mini.scheduler import FlowEuler
-from wan_mini.video import to_tensor
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 
@@ -108,6 +105,8 @@ class FastVMT:
     A wan_mini.pipeline.Guidance. The reference is read without a prompt, the latents with theirs. Both carry the same
     noise, so that the flows of two equally noisy clips are compared; unless config.reference is "clean".
     """
+
+    history = ("losses", "key_gradient_norms")  # grow with the guided steps
 
     def __init__(
         self,
@@ -215,14 +214,13 @@ class FastVMT:
         """Flow of a clean clip from each latent frame to the next, (F-1,S,2) in tokens, around its own matches."""
         c = self.config
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
-        flow, _ = windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)
-        return flow
+        return windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)[0]
 
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
         gradients = sum(len(losses) for losses in self.losses)
-        report = {"losses": self.losses, "gradients": gradients, "pairs": len(self.pairs), "block": self.block}
-        return report | {"key_gradient_norms": self.key_gradient_norms, "recompute": self.recompute}
+        report = {"gradients": gradients, "pairs": len(self.pairs), "block": self.block, "recompute": self.recompute}
+        return {"losses": self.losses, "key_gradient_norms": self.key_gradient_norms, **report}
 
 
 @torch.no_grad()
@@ -238,20 +236,20 @@ def transfer(
     recompute: str | None = None,
     timer: Timer = no_timer,
     on_latents: Callable[[Transfer], None] | None = None,
+    journal: Journal | None = None,
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`.
 
     clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where `wan` works; None: where its transformer is.
     offload_blocks: keep only the blocks at work there. recompute: one of dit.RECOMPUTE; None: the least that fits.
-    on_latents gets the result before it is decoded. Raises UserError on sizes that do not fit, FloatingPointError.
+    on_latents gets the result before it is decoded; journal keeps each step. Raises UserError, FloatingPointError.
     """
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
         prompts = [prompt, config.negative, ""]
         text, negative_text, empty_text = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
-    with timer("encode"), on_device(wan.vae, device), exact_float32(device):
-        video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
-        reference = wan.vae.encode(video, tile=config.vae_tile, progress=partial(tqdm, desc="encode"))
+    with timer("encode"), on_device(wan.vae, device):
+        reference = encode(wan.vae, clip, tile=config.vae_tile, journal=journal)  # (T,H,W,3) -> (1,16,F,h,w)
     noise = wan.start_noise(reference.shape, seed, config.key).to(device)
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
     sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
@@ -264,7 +262,8 @@ def transfer(
             if recompute is None and gradient is not None:
                 recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
             guidance = FastVMT(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
-        latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, guidance=guidance, timer=timer)
+        hooks: dict[str, Any] = {"guidance": guidance, "timer": timer, "journal": journal}
+        latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, **hooks)
         with timer("flows"):
             flows = guidance.clean_flow(reference), guidance.clean_flow(latents)
     result = Transfer(latents, flows, guidance.report())
@@ -308,7 +307,8 @@ def costs(config: MotionConfig, dit: WanDiT, grid: tuple[int, int, int]) -> list
 
 def method() -> Method:
     """What the command line needs to know of this method."""
-    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided=partial(replace, amf="none"))
+    unguided = partial(replace, amf="none")
+    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided, resumable=True)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,7 +50,8 @@ def test_from_prompt_to_file(folder, tmp_path, capsys, monkeypatch, sampler, fla
     )
     assert read_video(out).shape == (9, 64, 96, 3)
     assert len(compiled) == flags.count("--compile")
-    (latents,), settings = load_tensors(tmp_path / "clip.safetensors", ["latents"])
+    tensors, settings = load_tensors(tmp_path / "clip.safetensors")
+    latents = tensors["latents"]
     assert latents.shape == (1, 16, 3, 8, 12) and own.items() <= settings.items()
     again = ["--model", str(folder), "--decode", str(tmp_path / "clip.safetensors"), "--out", str(tmp_path / "2.webp")]
     again += ["--device", "cpu"]
@@ -162,11 +163,12 @@ def test_latents_decode_beside_themselves(folder, tmp_path):
         assert run(program, [*flags, "--prompt", "a cat", "--out", str(out), "--dtype", dtype]) == 0
         frames = read_video(out)
         out.unlink()
+        out.with_suffix(".html").unlink()
         again = ["--model", str(folder), "--decode", str(out.with_suffix(".safetensors")), "--out", str(out)]
         assert run(program, [*again, "--device", "cpu"]) == 0
         assert np.array_equal(read_video(out), frames)  # in the dtype of the run
-        out.unlink()
-        out.with_suffix(".safetensors").unlink()
+        for suffix in (".webp", ".html", ".safetensors"):
+            out.with_suffix(suffix).unlink()
 
 
 def test_a_bug_shows_where_it_is():
@@ -192,3 +194,37 @@ def test_nothing_is_overwritten(folder, tmp_path, capsys, suffix):
     assert run(program, ["--model", str(folder), "--prompt", "a cat", "--out", out, "--device", "cpu"]) == 2
     assert f"clip{suffix} exists already: choose another --out" in capsys.readouterr().err
     assert (tmp_path / f"clip{suffix}").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("flags", [["--seed", "1"], ["--frames", "5"], ["--offload"], ["--dtype", "float32"]])
+def test_decode_refuses_what_it_does_not_use(folder, tmp_path, capsys, flags):
+    command = ["--model", str(folder), "--decode", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "x.webp")]
+    assert run(program, [*command, *flags]) == 2
+    assert f"--decode does not use {flags[0]}: leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["/proc/x.webp", "/dev/null/x.webp"])
+def test_an_unwritable_place_is_found_before_the_model_is_loaded(folder, capsys, monkeypatch, out):
+    monkeypatch.setattr(generate, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
+    assert run(program, ["--model", str(folder), "--prompt", "a cat", "--out", out, "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "choose another --out" in said
+    assert run(program, ["--model", str(folder), "--prompt", "a", "--out", "x.webp", "--vae-tile", "33"]) == 2
+    assert "vae_tile must be a positive multiple of 32 pixels or none, got 33" in capsys.readouterr().err
+
+
+def test_a_run_that_stops_keeps_its_latents_and_says_where(folder, tmp_path, capsys, monkeypatch):
+    small = ["--height", "32", "--width", "32", "--frames", "5", "--steps", "1", "--device", "cpu"]
+    out = tmp_path / "clip.webp"
+    with monkeypatch.context() as patch:
+        patch.setattr(generate, "decode", lambda *_, **__: (_ for _ in ()).throw(MemoryError("no memory")))
+        assert run(program, ["--model", str(folder), "--prompt", "a", *small, "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: out of memory") and f"--decode {tmp_path}/clip.safetensors" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.safetensors"]
+    latents = str(tmp_path / "clip.safetensors")
+    assert run(program, ["--model", str(folder), "--decode", latents, "--out", str(out), "--device", "cpu"]) == 0
+    monkeypatch.setattr(generate, "load_wan", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    empty = tmp_path / "empty" / "clip.webp"
+    assert run(program, ["--model", str(folder), "--prompt", "a", *small, "--out", str(empty)]) == 130
+    assert not list(empty.parent.iterdir())  # nor is the name taken

@@ -398,10 +398,23 @@ def _(program, base, monkeypatch, capsys):
     again.mkdir()
     (again / "latents.safetensors").write_bytes((whole.folder / "latents.safetensors").read_bytes())
     assert main(["--decode", str(again / "latents.safetensors"), "--device", "cpu"]) == 0
-    written = {path.name for path in whole.folder.iterdir()} - {"run.json"}
+    written = {path.name for path in whole.folder.iterdir()}
     assert {path.name for path in again.iterdir()} == written
-    for name in written - {"result.mp4"}:
+    for name in written - {"run.json", "result.mp4", "report.html"}:
         assert (again / name).read_bytes() == (whole.folder / name).read_bytes(), name
+
+
+@flag("--resume")
+def _(program, base, monkeypatch, capsys):
+    """A run that stopped before it was decoded ends as one that did not."""
+    stopped = program.place / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(fastvmt, "decode", lambda *_, **__: (_ for _ in ()).throw(Stop("seen")))
+        assert main([*program.argv(), "--out", str(stopped)]) == 2
+    assert main(["--resume", str(stopped)]) == 0
+    for name in {path.name for path in base.folder.iterdir()} - {"run.json", "result.mp4", "report.html"}:
+        assert (stopped / name).read_bytes() == (base.folder / name).read_bytes(), name
+    assert Run.read(stopped).record["losses"] == base.record["losses"]
 
 
 @flag("--dry-run")
@@ -689,6 +702,7 @@ OTHERS = {
     "--lora",
     "--label",
     "--dtype",
+    "--vae-tile",
     "--out",
     "--device",
     "--offload",
@@ -787,7 +801,20 @@ def test_out_and_decode_of_generate(generate, plain, monkeypatch):
     assert again.read_bytes() == out.read_bytes()
     monkeypatch.chdir(generate.place)
     assert run(generate_program, generate.argv("--steps", "1")) == 0
-    assert len(list((generate.place / "outputs").glob("generated.*"))) == 2
+    assert len(list((generate.place / "outputs").glob("generated.*"))) == 3  # with its page
+
+
+def test_tiles_of_generate(generate, plain):
+    """For the decoder only; --decode takes others."""
+    out, latents, settings = generate.run("--vae-tile", "32")
+    assert torch.equal(latents, plain[1]) and settings["vae_tile"] == 32
+    tiled, whole = (decode(generate.wan.vae, latents, tile=tile) for tile in (32, None))
+    again = ["--model", str(generate.model), "--decode", str(out.with_suffix(".safetensors")), "--device", "cpu"]
+    again += ["--out", str(generate.place / "64.webp"), "--vae-tile", "64"]
+    assert run(generate_program, again) == 0
+    for path, near, far in ((out, tiled, whole), (generate.place / "64.webp", whole, tiled)):
+        shown = read_video(path).astype(float)
+        assert np.abs(shown - near).mean() < np.abs(shown - far).mean()
 
 
 def test_generate_never_overwrites(generate, plain):
@@ -821,7 +848,8 @@ def test_version_and_traceback_of_generate(generate, capsys):
 
 def test_options_of_generate_are_those_of_its_config(generate, plain):
     _, _, settings = plain
-    assert {f.name for f in fields(GenerateConfig)} <= {name.removeprefix("--") for name in OPTIONS}
+    options = OPTIONS.keys() | {"--vae-tile"}
+    assert {f.name for f in fields(GenerateConfig)} <= {name.removeprefix("--").replace("-", "_") for name in options}
     assert {f.name for f in (*fields(GenerateConfig), *fields(ClipConfig))} <= settings.keys()
 
 

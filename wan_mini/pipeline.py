@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
-from wan_mini.errors import check_positive, check_range
+from wan_mini.errors import UserError, check_positive, check_range
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import MAX_STEPS, FlowEuler, FlowUniPC
-from wan_mini.vae import WanVAE
-from wan_mini.video import to_uint8
+from wan_mini.vae import TILE_MULTIPLE, WanVAE
+from wan_mini.video import to_tensor, to_uint8
 
+progress_bar = partial(tqdm, disable=None)  # on a terminal; not in a log, where each turn would be kept
 Timer = Callable[[str], AbstractContextManager[None]]  # timer("denoise") measures a block of code, as StageTimer does
 
 
@@ -44,6 +46,13 @@ class SamplingConfig:
         check_positive("shift", self.shift)
         check_range("cfg", self.cfg)
         check_positive("strength", self.strength, at_most=1)
+        check_vae_tile(self.vae_tile)
+
+
+def check_vae_tile(tile: int | None) -> None:
+    """Raises UserError unless the VAE can work in tiles of this side in pixels; None: in whole frames."""
+    if tile is not None and (tile < TILE_MULTIPLE or tile % TILE_MULTIPLE):
+        raise UserError(f"vae_tile must be a positive multiple of {TILE_MULTIPLE} pixels or none, got {tile}")
 
 
 @dataclass
@@ -58,12 +67,36 @@ class Transfer:
 
 
 class Guidance(Protocol):
-    """A training-free method: it may change the latents before each denoising step."""
+    """A training-free method: it may change the latents before each denoising step.
+
+    If it has an attribute `history`, that names its lists which grow with the steps: a journal keeps them.
+    """
 
     status: dict[str, str]  # shown behind the progress bar, such as {"loss": "0.12"}
 
     def before_step(self, index: int, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
         """Return the latents (1,16,F,h,w) from which step `index` starts, at noise level sigma = timestep / 1000."""
+        ...
+
+
+class Journal(Protocol):
+    """Where a run keeps what it has reached, so that a run that was stopped can go on (wan_mini/runs/journal.py)."""
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The reference's latents (1,16,F,h,w) on a CPU or where the run works, if an earlier run has them encoded."""
+        ...
+
+    def keep_reference(self, latents: Tensor) -> None:
+        """Keep the reference's latents (1,16,F,h,w)."""
+        ...
+
+    def start(self, latents: Tensor, guidance: Guidance | None) -> tuple[int, Tensor]:
+        """The first step that is not done yet, and the latents (1,16,F,h,w) before it; at step 0, those given."""
+        ...
+
+    def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
+        """Keep the latents (1,16,F,h,w) after `step` of `steps` steps."""
         ...
 
 
@@ -98,17 +131,22 @@ def denoise(
     *,
     guidance: Guidance | None = None,
     timer: Timer = no_timer,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Take latents from the scheduler's first noise level to its last.
 
     latents (1,16,F,h,w) float32, at scheduler.sigmas[0]; text, negative_text (1,L,text_dim); cfg: the scale of
     classifier-free guidance. Guidance changes the latents before each step; the timer sees stages "guide", "denoise".
+    journal: says at which step to begin, with which latents, and is told of every step that is done.
     -> latents (1,16,F,h,w) float32, at scheduler.sigmas[-1].
     Raises FloatingPointError, which names the step, if latents stop being finite.
     """
     steps = len(scheduler.timesteps)
-    with tqdm(total=steps, desc="denoise", unit="step") as bar:
-        for index in range(steps):
+    first = 0
+    if journal is not None:
+        first, latents = journal.start(latents, guidance)
+    with progress_bar(total=steps, initial=first, desc="denoise", unit="step") as bar:
+        for index in range(first, steps):
             sigma = scheduler.sigmas[index]
             timestep = scheduler.timesteps[index]
             if guidance is not None:
@@ -119,7 +157,26 @@ def denoise(
                 velocity = guided_velocity(dit, latents, timestep, text, negative_text, cfg)
                 latents = scheduler.step(index, latents, velocity)
             check_finite(latents, index, steps)
+            if journal is not None:
+                journal.keep(index + 1, steps, latents, guidance)
             bar.update()
+    return latents
+
+
+@torch.no_grad()
+def encode(vae: WanVAE, clip: np.ndarray, *, tile: int | None = None, journal: Journal | None = None) -> Tensor:
+    """Clip (T,H,W,3) uint8 -> latents (1,16,F,h,w) float32, on the VAE's device and in true float32.
+
+    tile (pixels) bounds memory, see WanVAE. A journal that has the latents gives them, any other keeps them.
+    """
+    device = next(vae.parameters()).device
+    if journal is not None and journal.reference is not None:
+        return journal.reference.to(device)
+    with exact_float32(device):
+        video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
+        latents = vae.encode(video, tile=tile, progress=partial(progress_bar, desc="encode"))
+    if journal is not None:
+        journal.keep_reference(latents)
     return latents
 
 
@@ -131,7 +188,9 @@ def decode(vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torc
     """
     device = next(vae.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        video = vae.decode(latents.to(device), tile=tile, progress=partial(tqdm, desc="decode"))  # -> (1,3,T,H,W)
+        video = vae.decode(
+            latents.to(device), tile=tile, progress=partial(progress_bar, desc="decode")
+        )  # -> (1,3,T,H,W)
     return to_uint8(video)
 
 

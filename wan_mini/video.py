@@ -7,7 +7,6 @@ Frames are decoded one by one and only those of the clip are kept: a long video 
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from wan_mini import ffmpeg
 from wan_mini.config import MAX_FPS, TOKEN_SIZE, valid_frames, valid_size
 from wan_mini.errors import MissingFile, UserError, check_positive
+from wan_mini.files import write_whole
 from wan_mini.images import IMAGE_EXTENSIONS, check_regular, read_animation, read_folder
 from wan_mini.runs.provenance import SOURCE_TYPE, XMP
 
@@ -87,7 +87,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict
     if target != path:
         print(f"no ffmpeg on PATH, so the clip goes to {target}; for an mp4: {ffmpeg.INSTALL}")
     comment = json.dumps(metadata or {})
-    with _renamed_when_complete(target) as partial:
+    with write_whole(target) as partial:
         if target.suffix == ".mp4":
             ffmpeg.write_mp4(partial, frames, fps, comment)
         else:
@@ -191,19 +191,3 @@ def _write_webp(path: Path, frames: np.ndarray, fps: float, comment: str) -> Non
     if SOURCE_TYPE in comment:
         options["xmp"] = XMP.encode()
     images[0].save(path, "WEBP", save_all=True, **options)
-
-
-@contextmanager
-def _renamed_when_complete(path: Path) -> Iterator[Path]:
-    """A hidden file beside `path` that takes its name after the `with`, or is removed after an error."""
-    partial = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.touch()
-    except OSError as error:
-        raise UserError(f"cannot write into {path.parent} ({error.strerror}): choose another folder") from error
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

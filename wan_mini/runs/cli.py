@@ -2,9 +2,11 @@
 
 import argparse
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields, replace
 from pathlib import Path
@@ -147,27 +149,70 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
     """Call a program's main. Returns the exit code: main's or 0; 2 with one line on stderr for what a user can fix."""
     show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)
     try:
-        return main(argv) or 0
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        with signals_stop():
+            return main(argv) or 0
+    except KeyboardInterrupt as stop:
+        print("; ".join(["stopped", *_advice(stop)]), file=sys.stderr)
         return 130
-    except (UserError, OSError, FloatingPointError, RuntimeError) as error:
+    except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         message = _one_line(error)
         if message is None:
             raise  # a bug: show its traceback
         if show_traceback:
             traceback.print_exc()
-        print(f"error: {message}", file=sys.stderr)
+        print("; ".join([f"error: {message}", *_advice(error)]), file=sys.stderr)
         return 2
+
+
+@contextmanager
+def signals_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a program as Ctrl-C does, which cleans up; a signal that is ignored (nohup) stays so."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def advise(error: BaseException, advice: str) -> None:
+    """Let the line about an error, or about a stop, end with what to do next."""
+    vars(error).setdefault("__notes__", []).append(advice)  # as add_note does, from Python 3.11 on
+
+
+def _advice(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def refuse_flags(
+    parser: argparse.ArgumentParser, argv: list[str] | None, mode: str, allowed: Collection[str]
+) -> set[str]:
+    """The names of the flags that a command line gives, also at their defaults.
+
+    Raises UserError on one that a mode such as --decode ignores.
+    """
+    names = vars(parser.parse_args(argv))
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names))))
+    given = {name for name, value in values.items() if value is not None}
+    refused = sorted(f"--{name.replace('_', '-')}" for name in given - {*allowed, "traceback"})
+    if refused:
+        raise UserError(f"{mode} does not use {', '.join(refused)}: leave it out, the run's own settings hold")
+    return given
 
 
 def _one_line(error: Exception) -> str | None:
     """What to tell the user, or None if the error is a bug."""
     text = " ".join(str(error).split("\n"))
+    no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    if no_memory or "could not create a primitive" in text:  # oneDNN's words for it
+        return f"out of memory, try --offload or a smaller clip ({text.split('. ')[0]})"
     if not isinstance(error, RuntimeError):
         return text
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return f"out of memory, try --offload or a smaller clip ({text.split('. ')[0]})"
     kinds = [kind.__name__ for kind in type(error).__mro__]
     if "BackendCompilerFailed" in kinds:  # torch._dynamo's class, which is imported only when something is compiled
         return f"cannot compile here, run without --compile ({' '.join(str(error).splitlines()[:2])})"

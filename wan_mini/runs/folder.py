@@ -1,8 +1,12 @@
-"""The folder of a run: latents and settings, the result, a preview; written once, read again to decode."""
+"""The folder of a run: latents and settings, the result, a preview; taken once, read again to decode or go on."""
 
 import json
-import os
+import shutil
+import sys
+import tempfile
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,85 +14,158 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from wan_mini.config import token_grid
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.files import Unwritable, write_bytes, write_whole
 from wan_mini.json_file import read_json
 from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import GENERATED, XMP, XMP_KEYWORD
 from wan_mini.video import write_video
 
+RECORD = "run.json"
+REPORT = "report.html"
+LATENTS = "latents.safetensors"
+FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
+ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
 Panel = tuple[np.ndarray, Tensor]  # frames (T,H,W,3) uint8 and their motion flow (F-1,S,2)
 
 
-def check_new_folder(folder: Path) -> Path:
-    """Return the folder, if a run may be written there. Raises UserError if it holds one or cannot be made."""
-    if (folder / "latents.safetensors").exists():
-        raise UserError(f"{folder} already holds a run: choose another --out")
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        reason = f"{existing} is not a folder one may write to"
-        raise UserError(f"cannot write into {folder}, because {reason}: choose another")
+def new_folder(out: Path | None, root: Path = Path("outputs")) -> Path:
+    """Make the folder of a run and take it, so that no other run can: by creating its run.json.
+
+    out: what the user named, else a name of its own, the time, below root. An empty folder may be taken. Raises
+    Unwritable, before anything is computed, if nothing can be written there; UserError if it holds anything.
+    """
+    folder = root / time.strftime("%Y%m%d-%H%M%S") if out is None else out
+    number = 1
+    while out is None and folder.exists():  # of a run that began in the same second
+        number += 1
+        folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            raise UserError(f"{folder} already holds {file.name}: choose another --out")
+        with (folder / RECORD).open("x", encoding="utf-8") as record:
+            record.write("{}\n")
+    except FileExistsError:
+        if out is None:
+            return new_folder(None, root)
+        raise UserError(f"{folder} already holds a run or is a file: choose another --out") from None
+    except OSError as error:
+        raise Unwritable(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
     return folder
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    """Write what it takes to decode later, in a folder made for it; the same run gives the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def remove_empty_run(folder: Path) -> None:
+    """Remove the folder of a run that stopped before it had computed anything worth keeping."""
+    names = [file.name for file in folder.iterdir()]
+    if names == [RECORD]:
+        (folder / RECORD).unlink()
+        folder.rmdir()
+
+
+def states(folder: Path) -> list[Path]:
+    """The files that a run could go on from."""
+    return sorted(folder.glob("state*.safetensors"))
+
+
+def remove_states(folder: Path) -> None:
+    """Remove the states of a run that has its result."""
+    for file in states(folder):
+        file.unlink(missing_ok=True)
+
+
+def check_room(folder: Path, latents: int, video: int) -> None:
+    """Raises UserError if the disk has no room for a run; latents, video: bytes of the latents and of a raw clip.
+
+    The latents are there up to six times (the file, the state before and after a save), and all pictures together take
+    less than the raw clip.
+    """
+    need = 6 * latents + video
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        message = f"a run needs about {need / 1e6:.1f} MB in {folder}, and {free / 1e6:.1f} MB are free"
+        raise Unwritable(f"{message}: make room, or choose another --out")
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any], **more: Any) -> None:
+    """Write what it takes to decode later, or to go on; the same run gives the same bytes. Raises Unwritable."""
     on_host = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(on_host, path, {"settings": json.dumps(settings)})
+    metadata = {name: json.dumps(value) for name, value in {"settings": settings, **more}.items()}
+    write_bytes(path, save(on_host, metadata))
 
 
-def load_tensors(path: Path, names: list[str]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Read these tensors and the settings of a save_tensors file. Raises MissingFile, or UserError if it is none."""
+def save_latents(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Path:
+    """save_tensors, but where the disk is full, the file goes to a new folder in another place. Returns its path."""
+    try:
+        save_tensors(path, tensors, settings)
+        return path
+    except Unwritable as error:
+        failure = error
+    for root in (Path(tempfile.gettempdir()), Path.home(), Path.cwd()):
+        with suppress(OSError):
+            second = Path(tempfile.mkdtemp(prefix=f"{path.parent.name}-", dir=root)) / path.name
+            save_tensors(second, tensors, settings)
+            print(f"note: {failure}; the latents are in {second} instead", file=sys.stderr)
+            return second
+    raise failure
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the settings of a save_tensors file. Raises MissingFile, or UserError if it is none."""
     if not path.is_file():
         raise MissingFile(f"{path} does not exist: give the .safetensors file of a run")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = [file.get_tensor(name) for name in names]
-            return tensors, json.loads(file.metadata()["settings"])
-    except (SafetensorError, TypeError, KeyError) as problem:
-        raise UserError(f"{path} holds no run's {' and '.join(names)} ({problem})") from None
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
+            settings = json.loads(file.metadata()["settings"])
+    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as problem:
+        raise UserError(f"{path} holds no run's latents ({problem}): give the .safetensors file of a run") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} holds no run's settings, got {type(settings).__name__}: give that of a run")
+    return tensors, settings
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Write a run's settings, costs and versions as JSON."""
     text = json.dumps(record, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    write_bytes(path, (text + "\n").encode("utf-8", "backslashreplace"))  # a name may hold bytes that are no text
 
 
-def write_result(
-    folder: Path, panels: Mapping[str, Panel], settings: Mapping[str, Any], *, tile: tuple[int, int], png: bool = False
-) -> list[Path]:
-    """Write result.mp4, the preview of all panels with an arrow per tile, and on request the frames as PNG.
+def write_result(folder: Path, frames: np.ndarray, settings: Mapping[str, Any], *, png: bool = False) -> Path:
+    """Write frames (T,H,W,3) uint8 as result.mp4, and on request as PNG; each file says that it was generated and how.
 
-    panels: {"reference": ..., "result": ..., ...}; tile: rows and columns of tokens that share an arrow. Every file
-    says that it was generated and how. Returns the files of the result and of the preview.
+    Returns the file of the video.
     """
     label = public_label(settings)
-    fps = settings["clip"]["fps"]
-    frames, flow = panels["result"]
     frames = with_label(frames, settings.get("label", ""))
-    panels = {**panels, "result": (frames, flow)}
-    grid = token_grid(*frames.shape[:3])
-    clips = {}
-    for name, (pixels, flow) in panels.items():
-        clips[name] = with_arrows(pixels, flow, grid, tile)
-    result = write_video(folder / "result.mp4", frames, fps, label)
-    preview = write_video(folder / "preview.webp", side_by_side(clips), fps, label)
+    result = write_video(folder / "result.mp4", frames, settings["clip"]["fps"], label)
     if png:
         write_pictures(folder, frames, label)
-    return [result, preview]
+    return result
+
+
+def write_preview(
+    folder: Path, panels: Mapping[str, Panel], settings: Mapping[str, Any], *, tile: tuple[int, int]
+) -> Path:
+    """Write all panels side by side, with an arrow per tile, as preview.webp.
+
+    panels: {"reference": ..., "result": ..., ...}; tile: rows and columns of tokens that share an arrow.
+    """
+    fps = settings["clip"]["fps"]
+    clips = {}
+    for name, (pixels, flow) in panels.items():
+        clips[name] = with_arrows(pixels, flow, token_grid(*pixels.shape[:3]), tile)
+    return write_video(folder / "preview.webp", side_by_side(clips), fps, public_label(settings))
 
 
 def public_label(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for a generated file: all settings, and of paths only the last name."""
-    names: dict[str, Any] = {name: Path(settings[name]).name for name in ("model", "ref")}
+    names: dict[str, Any] = {name: Path(settings[name]).name for name in ("model", "ref") if name in settings}
     names["loras"] = [Path(lora).name for lora in settings.get("loras", [])]
     return {**settings, **names, **GENERATED}
 
@@ -99,7 +176,8 @@ def write_pictures(folder: Path, frames: np.ndarray, label: Mapping[str, Any]) -
         info = PngInfo()
         info.add_itxt("Description", json.dumps(label))
         info.add_itxt(XMP_KEYWORD, XMP)
-        Image.fromarray(frame).save(folder / f"frame{number:04d}.png", pnginfo=info)
+        with write_whole(folder / f"frame{number:04d}.png") as partial:
+            Image.fromarray(frame).save(partial, pnginfo=info)
 
 
 def read_preset(folder: Path | None) -> dict[str, dict[str, Any]]:

@@ -28,7 +28,7 @@ OF_A_JOB = (
     *("ref", "prompt", "negative", "frames", "height", "width", "seed"),
     *("amf", "interval", "steps", "set", "out", "png", "unguided"),
 )
-NOT_WITH_JOBS = ("parallel", "decode", "dry_run", "out")
+NOT_WITH_JOBS = ("parallel", "dry_run", "out")
 POLL = 0.05  # seconds between two looks at what the other processes do
 
 

@@ -1,6 +1,7 @@
 """Clips side by side in one animation, with arrows that show where each tile of tokens goes next."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -59,14 +60,19 @@ def with_arrows(frames: np.ndarray, flow: Tensor, grid: tuple[int, int, int], ti
 
 def draw_tile_arrows(draw: ImageDraw.ImageDraw, displacement: Tensor, tile: tuple[int, int], token: float) -> None:
     """Draw the mean displacement of each tile; displacement (H,W,2) in tokens, token: pixels of one."""
+    for center, move in tile_moves(displacement, tile, token):
+        draw_arrow(draw, center, move, size=max(3.0, token / 5))
+
+
+def tile_moves(displacement: Tensor, tile: tuple[int, int], token: float) -> Iterator[tuple[Point, Point]]:
+    """Center and mean displacement of each tile in pixels, for displacement (H,W,2) in tokens; token: pixels of one."""
     rows, columns = displacement.shape[:2]
     for top in range(0, rows, tile[0]):
         for left in range(0, columns, tile[1]):
             inside = displacement[top : top + tile[0], left : left + tile[1]]  # (H,W,2) -> (rows, columns, 2)
             height, width = inside.shape[:2]  # smaller tiles at the border
             mean_y, mean_x = (inside.mean((0, 1)) * token).tolist()
-            center = ((left + width / 2) * token, (top + height / 2) * token)
-            draw_arrow(draw, center, (mean_x, mean_y), size=max(3.0, token / 5))
+            yield ((left + width / 2) * token, (top + height / 2) * token), (mean_x, mean_y)
 
 
 def side_by_side(clips: dict[str, np.ndarray]) -> np.ndarray:

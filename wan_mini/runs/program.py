@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from math import prod
@@ -16,31 +17,41 @@ from torch import nn
 from wan_mini.attention import OneProcess
 from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
-from wan_mini.device.flops import forward_flops
-from wan_mini.device.memory import MemoryPlan, estimate, memory_table
 from wan_mini.device.parallel import device_of_process, open_ranks
-from wan_mini.device.select import DTYPES, attention_backend, compile_blocks, describe, pick_attention, pick_dtype
+from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_dtype
 from wan_mini.device.timing import StageTimer
-from wan_mini.errors import UserError
-from wan_mini.load import Wan, build_from_folder, build_preset, load_vae, load_wan
-from wan_mini.pipeline import SamplingConfig, Transfer, decode
-from wan_mini.runs.folder import Panel, load_tensors, public_label, save_tensors, write_record, write_result
+from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
+from wan_mini.pipeline import Timer, Transfer
+from wan_mini.runs.cli import refuse_flags
+from wan_mini.runs.dry_run import plan_memory, print_costs
+from wan_mini.runs.finish import finish
+from wan_mini.runs.folder import ARROW_TILE, REPORT, Panel, check_room, public_label, write_preview, write_result
 from wan_mini.runs.jobs import run_jobs
 from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
-from wan_mini.runs.request import Method, Request, apply_flags, build_parser, request_of
+from wan_mini.runs.record import RunFiles
+from wan_mini.runs.report import write_report
+from wan_mini.runs.request import Method, Request, apply_flags, build_parser, request_of, resumed_request
 from wan_mini.tiny import demo
 from wan_mini.video import read_video, remarks, write_video
 
-FLOWS = ("flow_reference", "flow_result")  # their names beside the latents
-ARROW_TILE = (3, 4)  # tokens, rows and columns that share an arrow of the preview
-
 
 def program(method: Method, argv: list[str] | None) -> int:
-    """Parse, then finish an old run, print a new one's costs, do it, or do many; returns 1 if one of many failed."""
+    """Parse, then decode an old run, go on with one, print a new one's costs, do it, or do many.
+
+    Returns 1 if one of many failed, else 0.
+    """
     parser = build_parser(method)
     args = parser.parse_args(argv)
-    device = device_of_process(args.device)
     loader = Loader()
+    if args.decode:
+        refuse_flags(parser, argv, "--decode", ("decode", "model", "ref", "out", "set", "png", "device"))
+        finish(args)
+        return 0
+    if args.resume:
+        given = refuse_flags(parser, argv, "--resume", ("resume", "model", "ref", "device", "offload"))
+        resume(method, args, given, loader)
+        return 0
+    device = device_of_process(args.device)
     if args.jobs is not None:
         run_one = partial(start, method, device=device, ranks=OneProcess(), loader=loader)
         return run_jobs(args, parser, sys.argv[1:] if argv is None else argv, run_one)
@@ -68,12 +79,21 @@ class Loader:
         return self.wan
 
 
+def resume(method: Method, args: Namespace, given: set[str], loader: Loader) -> None:
+    """Go on with the run in the folder args.resume; given: the names of the flags on the command line."""
+    request = resumed_request(args, method, given)
+    if request is None:
+        print(f"{args.resume} is finished: there is nothing to do")
+        return
+    timer = StageTimer(request.device)
+    checkpoint = open_model(request.model)[2]
+    load = partial(loader, request, checkpoint or request.model)
+    execute(method, request, load, timer, OneProcess(), resumed=True)
+
+
 def start(method: Method, args: Namespace, device: torch.device, ranks: OneProcess, loader: Loader) -> None:
     """What the command line asks for, in one of the processes of a run."""
     dtype = pick_dtype(device, args.dtype)
-    if args.decode:
-        finish(args.decode, device, args.png)
-        return
     timer = StageTimer(device)
     with timer("plan"):
         name, parts, checkpoint = open_model(args.model)
@@ -109,47 +129,83 @@ def preset_folder(model: Path | None, name: str) -> Path | None:
     return demo.CHECKPOINT if name == "tiny" else model
 
 
-def execute(method: Method, request: Request, load: Callable[[], Wan], timer: StageTimer, ranks: OneProcess) -> None:
-    """Do one run with the model that `load` gives. What can fail cheaply comes first; the latents are saved first."""
+def execute(
+    method: Method,
+    request: Request,
+    load: Callable[[], Wan],
+    timer: StageTimer,
+    ranks: OneProcess,
+    *,
+    resumed: bool = False,
+) -> None:
+    """Do one run with the model that `load` gives, in a new folder or in that of the run resumed.
+
+    An error, or a stop, says how to go on. A new folder that would hold nothing worth keeping is removed.
+    """
+    files = RunFiles(method, request, timer, resumed=resumed, writes=ranks.writes)
+    try:
+        run_to_files(method, request, load, files, ranks)
+    except BaseException as error:  # also Ctrl-C
+        files.advise_next(error)
+        raise
+
+
+def run_to_files(method: Method, request: Request, load: Callable[[], Wan], files: RunFiles, ranks: OneProcess) -> None:
+    """One run. What can fail cheaply comes first; the latents are saved before they are decoded."""
+    timer = files.timer
     with timer("read"):
         clip, frames = read_reference(request)
+        check_room(files.folder, 4 * prod(latent_shape(*frames.shape[:3])), frames.nbytes)
     with timer("load"):
         wan = load()
         ranks.share(wan.dit)
-    settings = settings_of(request, clip, frames)
+    files.begin(settings_of(method, request, clip, frames), machine(request, wan))
     size = f"{len(frames)} frames of {clip.width}x{clip.height}"
-    print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {request.folder}")
-
-    def save(result: Transfer) -> None:
-        if not ranks.writes:
-            return
-        tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
-        save_tensors(request.folder / "latents.safetensors", tensors, settings)
-        record = {**settings, "stages": timer.table, **result.report, **machine(request, wan)}
-        write_record(request.folder / "run.json", record)
-
+    print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {files.folder}")
     options = {
         "seed": request.seed,
         "device": request.device,
         "offload_blocks": request.offload == "blocks",
         "recompute": request.recompute,
     }
+    transfer = partial(method.transfer, wan, frames, request.prompt, **options)
+    stages = announced(timer)
     with attention_backend(pick_attention(request.device)):
-        result = method.transfer(wan, frames, request.prompt, request.config, timer=timer, on_latents=save, **options)
+        journal = files.journal("state")
+        result = transfer(request.config, timer=stages, on_latents=files.save, **journal)
         panels = {"reference": (frames, result.flows[0]), "result": (shown(result), result.flows[1])}
+        written = []
+        if ranks.writes:
+            with timer("write"):
+                written.append(write_result(files.folder, shown(result), files.settings, png=request.png))
         if request.unguided and request.config != method.unguided(request.config):
-            with timer("unguided"):
-                plain = method.transfer(wan, frames, request.prompt, method.unguided(request.config), **options)
+            with stages("unguided"):
+                plain = transfer(method.unguided(request.config), **files.journal("state-unguided"))
             panels["without guidance"] = shown(plain), plain.flows[1]
     if not ranks.writes:
         return
     with timer("write"):
-        files = write_result(request.folder, panels, settings, tile=ARROW_TILE, png=request.png)
+        written.append(write_preview(files.folder, panels, files.settings, tile=ARROW_TILE))
         for name, pixels in result.others.items():
-            files.append(write_video(request.folder / f"{name}.webp", pixels, clip.fps, public_label(settings)))
-    save(result)  # again, with all costs
-    print("wrote", ", ".join(str(file) for file in files))
+            video = files.folder / f"{name}.webp"
+            written.append(write_video(video, pixels, clip.fps, public_label(files.settings)))
+        written.append(write_report(files.folder / REPORT, panels, files.record("finished", result)))
+    files.end(result)
+    print("wrote", ", ".join(str(file) for file in written))
     print_summary(request, timer, result, panels)
+
+
+def announced(timer: StageTimer) -> Timer:
+    """The timer, which says when a stage begins for the first time, in a log; on a terminal there is a bar."""
+    begun = set()
+
+    def stage(name: str) -> AbstractContextManager[None]:
+        if name not in begun and not sys.stderr.isatty():
+            print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
+        begun.add(name)
+        return timer(name)
+
+    return stage
 
 
 def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
@@ -163,10 +219,11 @@ def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:
     return ClipConfig(clip.height, clip.width, len(frames), clip.fps), frames
 
 
-def settings_of(request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
+def settings_of(method: Method, request: Request, clip: ClipConfig, frames: np.ndarray) -> dict[str, Any]:
     """What a result depends on: kept beside the latents, in run.json and in every file's metadata."""
     return {
         **GENERATED,
+        "program": method.prog,
         "model": str(request.model.resolve()),
         "ref": str(request.ref.resolve()),
         "ref_sha256": sha256_clip(frames),
@@ -191,8 +248,11 @@ def machine(request: Request, wan: Wan) -> dict[str, Any]:
     return {
         "compute": compute_line(request),
         "offload": request.offload,
+        "recompute": request.recompute,
         "compile": request.compile,
         "parallel": wan.dit.ranks.name,
+        "png": request.png,
+        "unguided": request.unguided,
         "versions": versions(),
         "checkpoint_sha256": wan.hashes,
     }
@@ -217,59 +277,3 @@ def print_summary(request: Request, timer: StageTimer, result: Transfer, panels:
         for name, (pixels, _) in panels.items():
             if name != "reference":
                 print(f"{name}: {demo.summary(pixels)}")
-
-
-def plan_memory(
-    method: Method, parts: Mapping[str, nn.Module], clip: ClipConfig, config: SamplingConfig, dtype: torch.dtype
-) -> list[MemoryPlan]:
-    """The memory of every way to run a transfer, for weightless parts."""
-    return estimate(
-        parts,
-        dtype=dtype,
-        video_shape=(1, 3, clip.frames, clip.height, clip.width),
-        latent_shape=latent_shape(clip.frames, clip.height, clip.width),
-        cfg_passes=1 if config.cfg == 1 else 2,
-        vae_tile=config.vae_tile,
-        gradient=method.gradient(config),
-        gradient_stage=method.stage,
-    )
-
-
-def print_costs(
-    method: Method, name: str, parts: Mapping[str, Any], clip: ClipConfig, config: SamplingConfig, dtype: torch.dtype
-) -> None:
-    """Print what a run would cost, from the sizes of the parts alone."""
-    dit = parts["dit"]
-    grid = token_grid(clip.frames, clip.height, clip.width)
-    frames, rows, columns = grid
-    tokens = frames * rows * columns
-    counts = []
-    for part, module in parts.items():
-        millions = sum(p.numel() for p in module.parameters()) / 1e6
-        counts.append(f"{part} {millions:,.1f} M")
-    passes = 1 if config.cfg == 1 else 2
-    denoising = config.steps * passes * forward_flops(dit.config, tokens)
-    print(f"model        {name}: {', '.join(counts)}")
-    print(f"clip         {clip.frames} frames of {clip.width}x{clip.height} at {clip.fps:g} a second")
-    print(f"tokens       {frames} x {rows} x {columns} = {tokens}")
-    for line in method.costs(config, dit, grid):
-        print(line)
-    print(f"denoising    {config.steps} steps of {passes} passes, {denoising / 1e12:,.1f} TFLOP")
-    print(f"memory of a GPU in GB, weights in {dtype}, by what is offloaded and what a gradient recomputes:")
-    print(memory_table(plan_memory(method, parts, clip, config, dtype)))
-
-
-def finish(latents: Path, device: torch.device, png: bool) -> None:
-    """Decode the latents of a run that stopped there, and write its result beside them."""
-    (x, *flows), settings = load_tensors(latents, ["latents", *FLOWS])
-    clip = ClipConfig(**settings["clip"])
-    frames = read_video(settings["ref"], size=(clip.height, clip.width), frames=clip.frames, fps=clip.fps)
-    if sha256_clip(frames) != settings["ref_sha256"]:
-        raise UserError(f"{settings['ref']} has changed since the run: restore the old clip")
-    vae = load_vae(settings["model"], device=device, dtype=torch.float32)
-    tile = settings["config"]["vae_tile"]
-    dtype = DTYPES[settings["dtype"].removeprefix("torch.")]
-    result = decode(vae, x, tile=tile, dtype=dtype)
-    panels = {"reference": (frames, flows[0]), "result": (result, flows[1])}
-    files = write_result(latents.parent, panels, settings, tile=ARROW_TILE, png=png)
-    print("wrote", ", ".join(str(file) for file in files))

@@ -4,26 +4,27 @@ A method comes as callables and a dataclass of options (`Method`). This file nev
 those of sampling, which every method shares.
 """
 
-import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wan_mini.checkpoint import read_json
 from wan_mini.config import ClipConfig, valid_frames, valid_size
 from wan_mini.device.memory import Gradient, MemoryPlan, choose_plan
 from wan_mini.device.offload import OFFLOAD
 from wan_mini.device.parallel import MODES
-from wan_mini.device.select import DTYPES
+from wan_mini.device.select import DTYPES, pick_device
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
+from wan_mini.files import remove_partial
 from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, parse_pairs, seed_number, with_options
-from wan_mini.runs.folder import check_new_folder, read_preset
+from wan_mini.runs.folder import RECORD, read_preset, remove_states
 from wan_mini.runs.label import add_label_flag
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
@@ -55,6 +56,7 @@ class Method:
     gradient: Callable[[Any], Gradient | None]  # of these options: one gradient of the guidance, or None without any
     costs: Callable[[Any, WanDiT, tuple[int, int, int]], list[str]]  # what the guidance costs, in lines for --dry-run
     unguided: Callable[[Any], Any]  # the options without guidance
+    resumable: bool = False  # whether transfer takes a journal
     stage: str = "guide"  # under which the memory of its gradient is shown
     add_flags: Callable[[Parser], None] = add_no_flags  # flags of its own
     load_preset: Callable[[Path | None, Any], tuple[ClipConfig, Any]] = load_preset  # a folder's options
@@ -75,7 +77,7 @@ class Request:
     offload: str  # one of offload.OFFLOAD
     recompute: str | None  # one of dit.RECOMPUTE; None: the least that fits
     compile: bool
-    folder: Path
+    folder: Path | None  # None: a name of its own
     png: bool
     unguided: bool  # show the same seed without guidance too
     loras: tuple[LoraFile, ...] = ()  # merged into the transformer
@@ -125,8 +127,11 @@ def build_parser(method: Method) -> Parser:
     output.add_argument(
         "--unguided", action="store_true", help="show the same seed without guidance too (always with the tiny model)"
     )
-    output.add_argument("--decode", type=Path, metavar="LATENTS", help="finish a run from its latents.safetensors")
     output.add_argument("--jobs", type=Path, metavar="FILE", help="do many runs, one a line of JSON (runs/jobs.py)")
+    text = "only decode a run's latents.safetensors; takes --model, --ref, --out, --png and --set vae_tile"
+    output.add_argument("--decode", type=Path, metavar="LATENTS", help=text)
+    text = "go on with a run that was stopped or killed, from its folder; takes --model, --ref, --device, --offload"
+    output.add_argument("--resume", type=Path, metavar="RUN", help=text)
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
     method.add_flags(parser)
     add_common_flags(parser, f"fastvmt-mini {package_version()}")
@@ -195,7 +200,6 @@ def request_of(
         raise UserError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not prompt.strip():
         print("note: the prompt is empty, so the model chooses what the video shows")
-    folder = args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S"))
     return Request(
         model=model,
         ref=ref,
@@ -208,9 +212,47 @@ def request_of(
         offload=offload,
         recompute=recompute,
         compile=args.compile,
-        folder=check_new_folder(folder),
+        folder=args.out,
         png=args.png,
         unguided=args.unguided or args.model is None,
         loras=parse_loras(args.lora, model),
         label=args.label,
     )
+
+
+def resumed_request(args: Namespace, method: Method, given: Collection[str]) -> Request | None:
+    """The run in the folder that --resume names, as its run.json tells; None if it is finished.
+
+    Raises UserError on a folder without a run of this method.
+    """
+    folder = args.resume
+    record = read_json(folder / RECORD)
+    source = f"{folder}/{RECORD}"
+    if record.get("program") != method.prog:
+        got = f"one of {record.get('program')}, which has computed nothing"
+        raise UserError(f"--resume needs a run of {method.prog}, got {source} with {got}: start a new run")
+    remove_partial(folder)
+    if record.get("status") == "finished":
+        remove_states(folder)
+        return None
+    try:
+        return Request(
+            model=args.model or Path(record["model"]),
+            ref=args.ref or Path(record["ref"]),
+            prompt=str(record["prompt"]),
+            seed=int(record["seed"]),
+            clip=with_options(ClipConfig(), record["clip"], f"{source}: clip"),
+            config=with_options(method.config, record["config"], f"{source}: config"),
+            device=pick_device(args.device or record["device"]),
+            dtype=DTYPES[record["dtype"].removeprefix("torch.")],
+            offload=args.offload if "offload" in given else str(record["offload"]),
+            recompute=record.get("recompute"),
+            compile=bool(record["compile"]),
+            folder=folder,
+            png=bool(record["png"]),
+            unguided=bool(record["unguided"]),
+            loras=parse_loras(record["loras"], Path(record["model"])),
+            label=str(record["label"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
+        raise UserError(f"{source} is no record of a run ({problem}): start a new run") from None

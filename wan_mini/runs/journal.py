@@ -1,0 +1,113 @@
+"""What a run has reached, kept in a file, so that a run which was killed can go on: `--resume RUN`."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wan_mini.errors import UserError
+from wan_mini.files import Unwritable
+from wan_mini.pipeline import Guidance
+from wan_mini.runs.folder import save_tensors
+
+EVERY = 60.0  # seconds between two saves; a step is never cut
+PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
+
+
+class Journal:
+    """The state of one denoising run: the reference's latents, the latents, the step, the guidance's history.
+
+    There is no random state beside: the start noise is that of the seed, and nothing else is drawn. A wan_mini.pipeline
+    .Journal. A disk that is full stops no run: it is said once, and the run goes on.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        hashes: Mapping[str, str],
+        *,
+        writes: bool = True,
+        every: float = EVERY,
+    ):
+        """Read the state if the file is there; writes: keep it there too. Raises UserError if it is of another run."""
+        self.path = path
+        self.settings = {name: value for name, value in settings.items() if name not in PATHS}
+        self.hashes = dict(hashes)
+        self.writes = writes
+        self.every = every
+        self.step = 0
+        self.history: dict[str, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        self._failed = False
+        self._saved = time.monotonic()
+        if path.exists():
+            self._read()
+
+    @property
+    def reference(self) -> Tensor | None:
+        """The reference's latents (1,16,F,h,w), once they are encoded."""
+        return self.tensors.get("reference")
+
+    def keep_reference(self, latents: Tensor) -> None:
+        """Save the reference's latents (1,16,F,h,w), which took a stage of their own."""
+        self.tensors["reference"] = latents
+        self._write()
+
+    def start(self, latents: Tensor, guidance: Guidance | None) -> tuple[int, Tensor]:
+        """The step to go on with and its latents, on the device of those given, which are the start's."""
+        if "latents" not in self.tensors:
+            return 0, latents
+        for name, value in self.history.items():
+            setattr(guidance, name, value)
+        return self.step, self.tensors["latents"].to(latents.device)
+
+    def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
+        """Note that `step` of `steps` are done; save it once a minute, and at the end."""
+        self.step = step
+        self.tensors["latents"] = latents
+        self.history = {name: getattr(guidance, name) for name in getattr(guidance, "history", ())}
+        if step == steps or time.monotonic() - self._saved >= self.every:
+            self._write()
+
+    def _write(self) -> None:
+        if not self.writes:
+            return
+        try:
+            more = {"checkpoint_sha256": self.hashes, "step": self.step, "history": self.history}
+            save_tensors(self.path, self.tensors, self.settings, **more)
+        except Unwritable as error:
+            if not self._failed:
+                print(f"note: {error}; the run goes on, but cannot be resumed from here", file=sys.stderr)
+            self._failed = True
+        self._saved = time.monotonic()
+
+    def _read(self) -> None:
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+                for name in file.keys():  # noqa: SIM118 (the file is no dict)
+                    self.tensors[name] = file.get_tensor(name)
+            self.step = metadata["step"]
+            self.history = metadata["history"]
+            self._check("checkpoint", metadata["checkpoint_sha256"], self.hashes)
+            self._check("settings", metadata["settings"], json.loads(json.dumps(self.settings)))
+        except (SafetensorError, TypeError, KeyError, ValueError) as problem:
+            if isinstance(problem, UserError):
+                raise
+            raise UserError(f"{self.path} is no run's state ({problem}): start a new run") from None
+        for name, tensor in self.tensors.items():
+            if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+                raise UserError(f"{self.path} holds {name} of {tensor.dtype} that are no latents: start a new run")
+
+    def _check(self, what: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        for name in sorted(saved.keys() | now.keys()):
+            if saved.get(name) != now.get(name):
+                got = f"{what} {name} was {saved.get(name)} and is {now.get(name)}"
+                raise UserError(f"cannot go on with {self.path.parent}, because its {got}: put back what it began with")
