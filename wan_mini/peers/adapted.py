@@ -57,9 +57,9 @@ def transfer(
 ) -> Transfer:
     """Train adapters on `clip`, whose caption is ref_prompt, and make a video of `prompt` with them.
 
-    clip, prompt, seed, device, offload_blocks, recompute, timer, on_latents: as for fastvmt.transfer. save: file for
-    the adapters, beside which a stopped training waits to go on; load: take those of a file instead. check: make the
-    reference with its own caption too, as Transfer.others["rebuilt"]. Raises UserError, FloatingPointError.
+    Other arguments as for fastvmt.transfer. save: file for the adapters, beside which a stopped training waits to go
+    on; load: take those of a file instead. check: make the reference with its own caption too, as
+    Transfer.others["rebuilt"]. Raises UserError, FloatingPointError.
     """
     device = wan.device if device is None else torch.device(device)
     loaded = None
@@ -93,9 +93,10 @@ def transfer(
     if on_latents is not None:
         on_latents(result)
     with timer("decode"), on_device(wan.vae, device):
-        result.frames = decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
+        to_frames = partial(decode, wan.vae, tile=config.vae_tile, dtype=wan.dtype)
+        result.frames = to_frames(latents)
         if rebuilt is not None:
-            result.others["rebuilt"] = decode(wan.vae, rebuilt, tile=config.vae_tile, dtype=wan.dtype)
+            result.others["rebuilt"] = to_frames(rebuilt)
     return result
 
 

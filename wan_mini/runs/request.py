@@ -120,6 +120,14 @@ def build_parser(method: Method) -> Parser:
     names = ", ".join([*field_names(clip), *field_names(config)])
     text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"
     options.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=text)
+    _add_output_flags(parser)
+    method.add_flags(parser)
+    add_common_flags(parser, f"fastvmt-mini {package_version()}")
+    return parser
+
+
+def _add_output_flags(parser: Parser) -> None:
+    """Where results go, and runs that are not one new one from the start."""
     output = parser.add_argument_group("output")
     output.add_argument("--out", type=new_path, help="new folder for the run (outputs/ and the time)")
     add_label_flag(output)
@@ -133,9 +141,6 @@ def build_parser(method: Method) -> Parser:
     text = "go on with a run that was stopped or killed, from its folder; takes --model, --ref, --device, --offload"
     output.add_argument("--resume", type=Path, metavar="RUN", help=text)
     output.add_argument("--dry-run", action="store_true", help="print sizes, costs and memory; load no weights")
-    method.add_flags(parser)
-    add_common_flags(parser, f"fastvmt-mini {package_version()}")
-    return parser
 
 
 def apply_flags(args: Namespace, clip: ClipConfig, config: Any) -> tuple[ClipConfig, Any]:
