@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "wan_mini/README.md"]
 CODE = [*ROOT.glob("*.py"), *(ROOT / "wan_mini").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
-CODE += [ROOT / "notebooks" / f"{name}.py" for name in ("diagrams", "explore", "svg")]
+CODE += [ROOT / "notebooks" / f"{name}.py" for name in ("diagrams", "explore", "run", "svg", "website")]
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
 
 # Wan 2.1: the model, the sampler, and the loading of three layouts; not the programs and files around it.
@@ -135,7 +135,7 @@ def test_strings_use_standard_terms():
     assert not findings, "\n".join(findings)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "notebooks/explore_template.html"])
 def test_pages_use_standard_terms(page):
     text = FENCED.sub("", (ROOT / page).read_text(encoding="utf-8"))
     assert not private_words(text)
