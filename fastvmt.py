@@ -312,7 +312,7 @@ def method() -> Method:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 2 after an error that its user can fix, 130 after Ctrl-C."""
+    """Run the command line; returns the exit code: 0, 2 after an error that its user can mend, 130 after Ctrl-C."""
     return run(partial(program, method()), argv)
 
 

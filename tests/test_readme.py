@@ -40,7 +40,7 @@ PRIVATE = {
     r"mended\b": "corrected",
 }
 PRIVATE_WORD = re.compile("|".join(rf"\b(?:{word})" for word in PRIVATE), re.IGNORECASE)
-STANDARD = re.compile(r"git lfs pull|pull requests?|in place\b|one place\b", re.IGNORECASE)
+STANDARD = re.compile(r"what was wanted|git lfs pull|pull requests?|in place\b|one place\b", re.IGNORECASE)
 
 
 def prose(text: str) -> str:

@@ -214,7 +214,7 @@ class WanDiT(nn.Module):
         latents (B,16,F,2H,2W); timestep (B,) in [0,1000], best left on the CPU; text (B,L<=text_len,text_dim), here
         zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
-        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing after it runs.
+        and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing behind it runs.
         Raises UserError on latents that do not patchify, too long a text, a block or a policy that does not exist.
         """
         grid = self.grid(latents)

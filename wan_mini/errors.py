@@ -5,7 +5,7 @@ from collections.abc import Collection
 
 
 class UserError(ValueError):
-    """What was got, what was expected, and how to fix it, in one line."""
+    """What was got, what was wanted, and how to fix it, in one line."""
 
 
 class MissingFile(UserError, FileNotFoundError):

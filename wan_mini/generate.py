@@ -90,7 +90,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.generate", description="Text to video with Wan 2.1, without motion transfer.")
     p.add_argument("--model", type=Path, required=True, help="checkpoint folder, any published layout")
     p.add_argument("--prompt", help="what the video shows")
-    p.add_argument("--negative", help="what the video should not show (Wan's own; empty for the tiny model)")
+    p.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     p.add_argument("--out", type=Path, default=Path("outputs/generated.mp4"), help="mp4 or webp (%(default)s)")
     p.add_argument("--height", type=int, default=clip.height, help="pixels, multiple of 16 (%(default)s)")
     p.add_argument("--width", type=int, default=clip.width, help="pixels, multiple of 16 (%(default)s)")

@@ -175,7 +175,7 @@ def _read_folder(folder: Path) -> Iterator[Image.Image]:
 
 
 def _natural_order(path: Path) -> tuple[list[str | int], str]:
-    """Sort key that reads numbers as numbers: "frame10" -> ["frame", 10, ""] comes after "frame2"."""
+    """Sort key that reads numbers as numbers: "frame10" -> ["frame", 10, ""] comes behind "frame2"."""
     parts: list[str | int] = []
     for part in re.split(r"(\d+)", path.stem.lower()):
         parts.append(int(part) if part.isdecimal() else part)

@@ -16,7 +16,7 @@ Config = TypeVar("Config")
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors in one line."""
+    """An argument parser that complains in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2."""
@@ -85,7 +85,7 @@ def parse_pairs(texts: list[str], flag: str = "--set") -> dict[str, str]:
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> int:
-    """Call a program's main. Returns the exit code: 0, or 2 with one line on stderr for what its user can fix."""
+    """Call a program's main. Returns the exit code: 0, or 2 with one line on stderr for what its user can mend."""
     show_traceback = "--traceback" in (sys.argv[1:] if argv is None else argv)
     try:
         main(argv)

@@ -223,7 +223,7 @@ def finish(latents: Path, device: torch.device, png: bool) -> None:
     clip = ClipConfig(**settings["clip"])
     frames = read_video(settings["ref"], size=(clip.height, clip.width), frames=clip.frames, fps=clip.fps)
     if sha256_clip(frames) != settings["ref_sha256"]:
-        raise UserError(f"{settings['ref']} has changed since the run: restore the old clip")
+        raise UserError(f"{settings['ref']} has changed since the run: put the old clip back")
     vae = load_vae(settings["model"], device=device, dtype=torch.float32)
     tile = settings["config"]["vae_tile"]
     dtype = DTYPES[settings["dtype"].removeprefix("torch.")]

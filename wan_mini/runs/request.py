@@ -79,7 +79,7 @@ def build_parser(method: Method) -> Parser:
     content = parser.add_argument_group("clip and prompt")
     content.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     content.add_argument("--prompt", help=f'what the new video shows ("{demo.target_scene().caption}")')
-    content.add_argument("--negative", help="what the video should not show (Wan's own; empty for the tiny model)")
+    content.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     content.add_argument("--frames", type=int, help=f"4k+1, at {clip.fps:g} a second ({clip.frames}; tiny 33)")
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
@@ -174,7 +174,7 @@ def request_of(
     if ref is None or prompt is None:
         raise UserError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
     if not prompt.strip():
-        print("note: the prompt is empty, so the model chooses what the video shows")
+        print("note: the prompt is empty, so the video shows whatever the model likes")
     folder = args.out or Path("outputs", time.strftime("%Y%m%d-%H%M%S"))
     return Request(
         model=model,
