@@ -108,25 +108,9 @@ def private_words(text: str) -> list[str]:
 
 
 def test_private_words_are_seen():
-    for text in (
-        "on grass ground",
-        "the wanted flow",
-        "on the way back",
-        "a thing",
-        "it is taught",
-        "turn a knob",
-        "at each place",
-    ):
+    for text in ("on grass ground", "the wanted flow", "way back", "a thing", "taught", "turn a knob", "at each place"):
         assert private_words(text), text
-    for text in (
-        "ground truth",
-        "in place",
-        "run git lfs pull",
-        "pull requests",
-        "background",
-        "everything",
-        "nothing",
-    ):
+    for text in ("ground truth", "in another place", "what was wanted", "git lfs pull", "background", "everything"):
         assert not private_words(text), text
 
 
