@@ -119,7 +119,7 @@ def flow_error(wan: Wan, latents: Tensor, config: fastvmt.MotionConfig) -> dict[
     grid = wan.dit.grid(latents)
     pairs = frame_pairs(grid[0], grid[0] - 1)
     q, k = queries_keys(wan, latents, config.block_of(wan.dit), 0.0)
-    options = {"tau": config.tau, "tile": config.tile, "window": config.window}
+    options: dict[str, Any] = {"tau": config.tau, "tile": config.tile, "window": config.window}
     exact, _ = windowed_amf(q, k, grid, pairs, **options)
     near, _ = windowed_amf(*expand(compress(q, k)), grid, pairs, **options)
     distance = (exact - near).norm(dim=-1).flatten()

@@ -116,12 +116,17 @@ document.getElementById("report").textContent = JSON.stringify(out);
 </script>"""
 
 
-def open_page(tmp_path, page: str, width: int) -> tuple[dict, str]:
-    """The report of a page that was opened in a browser without a network, and what its console says."""
+def open_page(tmp_path, page: str, width: int, state: str = "") -> tuple[dict, str]:
+    """The report of a page that was opened in a browser, in a state of its address, and what its console says."""
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900", "--dump-dom", path.as_uri()]
+    options += [
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},900",
+        "--dump-dom",
+        path.as_uri() + state,
+    ]
     done = subprocess.run([BROWSER, *options], capture_output=True, text=True, timeout=300)
     report = re.search(r'<pre id="report">(.*?)</pre>', done.stdout, re.S).group(1)
     console = "\n".join(line for line in done.stderr.splitlines() if "CONSOLE" in line)
@@ -148,8 +153,13 @@ def test_in_a_browser(tmp_path, data):
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here: the page is not opened, only its data are tested")
-def test_on_a_phone_nothing_is_cut_off(tmp_path):
+def test_on_a_phone_nothing_is_cut_off_and_an_address_keeps_the_settings(tmp_path, data):
     script = '<pre id="report"></pre><script>document.getElementById("report").textContent = JSON.stringify({'
-    script += "wide: document.documentElement.scrollWidth, inner: window.innerWidth});</script>"
-    report, console = open_page(tmp_path, PAGE.replace("</body>", script + "</body>"), 500)
+    script += "wide: document.documentElement.scrollWidth, inner: window.innerWidth, state: window.explore.state,"
+    script += "hash: location.hash});</script>"
+    address = "#video=result&i=3&j=5&row=99&column=4&block=1&noise=2&tau=0.5&window=7&all=true&x=1"
+    report, console = open_page(tmp_path, PAGE.replace("</body>", script + "</body>"), 500, address)
     assert console == "" and report["wide"] <= report["inner"]
+    expected = {"video": "result", "i": 3, "j": 5, "column": 4, "block": 1, "noise": 2, "tau": 0.5, "window": 7}
+    assert report["state"] == {**expected, "row": data["grid"][1] - 1, "all": True}
+    assert "video=result&i=3" in report["hash"]

@@ -106,7 +106,7 @@ def build_parser(method: Method) -> Parser:
     content = parser.add_argument_group("clip and prompt")
     content.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
     content.add_argument("--prompt", help=f'what the new video shows ("{demo.target_scene().caption}")')
-    content.add_argument("--negative", help="what the video should not show (Wan's own; empty for the tiny model)")
+    content.add_argument("--negative", help="what it should not look like (Wan's default; the tiny model's is empty)")
     content.add_argument("--frames", type=int, help=f"4k+1, at {clip.fps:g} a second ({clip.frames}; tiny 33)")
     content.add_argument("--height", type=int, help=f"pixels, multiple of 16 ({clip.height}; tiny 128)")
     content.add_argument("--width", type=int, help=f"pixels, multiple of 16 ({clip.width}; tiny 192)")
