@@ -135,6 +135,17 @@ def test_a_resumed_run_repeats_no_step_and_no_encoding(small, whole, monkeypatch
     assert main(["--resume", str(out)]) == 0
 
 
+def test_a_run_that_is_still_going_is_not_resumed(small, whole, capsys):
+    out = small.out()
+    small.killed(out, round(0.4 * whole["events"]))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with folder_module.locked(out):
+        assert main(["--resume", str(out)]) == 2
+    assert "is the folder of a run that is still going" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert main(["--resume", str(out)]) == 0
+
+
 def test_what_cannot_be_resumed_says_why(small, whole, capsys):
     out = small.out()
     small.killed(out, round(0.4 * whole["events"]), "--unguided")

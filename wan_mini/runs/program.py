@@ -26,11 +26,12 @@ from wan_mini.device.select import (
     pick_dtype,
 )
 from wan_mini.device.timing import StageTimer
+from wan_mini.files import remove_partial
 from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
 from wan_mini.pipeline import SamplingConfig, Timer, Transfer
 from wan_mini.runs.cli import refuse_flags
 from wan_mini.runs.finish import finish
-from wan_mini.runs.folder import ARROW_TILE, REPORT, Panel, check_room, write_preview, write_result
+from wan_mini.runs.folder import ARROW_TILE, REPORT, Panel, check_room, locked, write_preview, write_result
 from wan_mini.runs.provenance import sha256_clip, versions
 from wan_mini.runs.record import RunFiles
 from wan_mini.runs.report import write_report
@@ -106,11 +107,13 @@ def execute(
     A new folder that would hold nothing worth keeping is removed.
     """
     files = RunFiles(method, request, timer, resumed=resumed)
-    try:
-        run_to_files(method, request, model, files)
-    except BaseException as error:  # also Ctrl-C
-        files.advise_next(error)
-        raise
+    with locked(files.folder):
+        remove_partial(files.folder)
+        try:
+            run_to_files(method, request, model, files)
+        except BaseException as error:  # also Ctrl-C
+            files.advise_next(error)
+            raise
 
 
 def run_to_files(method: Method, request: Request, model: Path | Checkpoint, files: RunFiles) -> None:
@@ -158,7 +161,7 @@ def announced(timer: StageTimer) -> Timer:
     begun = set()
 
     def stage(name: str) -> AbstractContextManager[None]:
-        if name not in begun and not sys.stderr.isatty():
+        if name not in begun and sys.stderr is not None and not sys.stderr.isatty():
             print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
         begun.add(name)
         return timer(name)

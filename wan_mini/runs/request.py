@@ -19,7 +19,6 @@ from wan_mini.device.offload import OFFLOAD
 from wan_mini.device.select import DTYPES, pick_device
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
-from wan_mini.files import remove_partial
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, parse_pairs, with_options
 from wan_mini.runs.folder import RECORD, read_preset, remove_states
@@ -209,7 +208,6 @@ def resumed_request(args: Namespace, method: Method, given: Collection[str]) -> 
     if record.get("program") != method.prog:
         got = f"one of {record.get('program')}, which has computed nothing"
         raise UserError(f"--resume needs a run of {method.prog}, got {source} with {got}: start a new run")
-    remove_partial(folder)
     if record.get("status") == "finished":
         remove_states(folder)
         return None
