@@ -318,6 +318,13 @@ def test_no_two_runs_share_a_folder(tmp_path):
     assert all("already holds" in str(error) for error in refused)
 
 
+def test_a_folder_that_two_runs_find_empty_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as both see it in the same moment
+    assert new_folder(tmp_path / "run") == tmp_path / "run"
+    with pytest.raises(ValueError, match="already holds a run or is a file: choose another --out"):
+        new_folder(tmp_path / "run")
+
+
 def test_files_of_others_are_left_alone(small, tmp_path, capsys):
     (tmp_path / "result.mp4").write_bytes(b"mine")
     assert main(small.argv(tmp_path)) == 2
