@@ -135,6 +135,17 @@ def test_a_resumed_run_repeats_no_step_and_no_encoding(small, whole, monkeypatch
     assert main(["--resume", str(out)]) == 0
 
 
+def test_a_run_that_is_still_going_is_not_resumed(small, whole, capsys):
+    out = small.out()
+    small.killed(out, round(0.4 * whole["events"]))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with folder_module.locked(out):
+        assert main(["--resume", str(out)]) == 2
+    assert "is the folder of a run that is still going" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+    assert main(["--resume", str(out)]) == 0
+
+
 def test_what_cannot_be_resumed_says_why(small, whole, capsys):
     out = small.out()
     small.killed(out, round(0.4 * whole["events"]), "--unguided")
@@ -305,6 +316,13 @@ def test_no_two_runs_share_a_folder(tmp_path):
         thread.join()
     assert len(set(taken)) == len(taken) == 9 and len(refused) == 7
     assert all("already holds" in str(error) for error in refused)
+
+
+def test_a_folder_that_two_runs_find_empty_is_taken_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))  # as both see it in the same moment
+    assert new_folder(tmp_path / "run") == tmp_path / "run"
+    with pytest.raises(ValueError, match="already holds a run or is a file: choose another --out"):
+        new_folder(tmp_path / "run")
 
 
 def test_files_of_others_are_left_alone(small, tmp_path, capsys):

@@ -1,12 +1,13 @@
 """The folder of a run: latents and settings, the result, a preview; taken once, read again to decode or go on."""
 
 import json
+import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def new_folder(out: Path | None, root: Path = Path("outputs")) -> Path:
         number += 1
         folder = root / f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=out is not None)  # a name of its own is new, or another run was faster
         for file in folder.iterdir():
             raise UserError(f"{folder} already holds {file.name}: choose another --out")
         with (folder / RECORD).open("x", encoding="utf-8") as record:
@@ -58,6 +59,30 @@ def new_folder(out: Path | None, root: Path = Path("outputs")) -> Path:
     except OSError as error:
         raise Unwritable(f"cannot write into {folder} ({error.strerror}): choose another --out") from None
     return folder
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, so that no other process resumes a run that is still going; a kill lets it go.
+
+    Raises UserError if another process holds it. Windows, and some network disks, know no such locks.
+    """
+    try:
+        import fcntl  # not on Windows
+    except ImportError:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder} is the folder of a run that is still going: wait for it, or stop it") from None
+        except OSError:
+            print(f"note: {folder} cannot be locked: do not resume this run while it goes")
+        yield
+    finally:
+        os.close(handle)
 
 
 def remove_empty_run(folder: Path) -> None:

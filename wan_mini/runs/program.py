@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import partial
 from math import prod
@@ -20,12 +20,22 @@ from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.parallel import device_of_process, open_ranks
 from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_dtype
 from wan_mini.device.timing import StageTimer
+from wan_mini.files import remove_partial
 from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
 from wan_mini.pipeline import Timer, Transfer
 from wan_mini.runs.cli import refuse_flags
 from wan_mini.runs.dry_run import plan_memory, print_costs
 from wan_mini.runs.finish import finish
-from wan_mini.runs.folder import ARROW_TILE, REPORT, Panel, check_room, public_label, write_preview, write_result
+from wan_mini.runs.folder import (
+    ARROW_TILE,
+    REPORT,
+    Panel,
+    check_room,
+    locked,
+    public_label,
+    write_preview,
+    write_result,
+)
 from wan_mini.runs.jobs import run_jobs
 from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
 from wan_mini.runs.record import RunFiles
@@ -143,11 +153,15 @@ def execute(
     An error, or a stop, says how to go on. A new folder that would hold nothing worth keeping is removed.
     """
     files = RunFiles(method, request, timer, resumed=resumed, writes=ranks.writes)
-    try:
-        run_to_files(method, request, load, files, ranks)
-    except BaseException as error:  # also Ctrl-C
-        files.advise_next(error)
-        raise
+    with ExitStack() as stack:
+        if ranks.writes:
+            stack.enter_context(locked(files.folder))
+            remove_partial(files.folder)
+        try:
+            run_to_files(method, request, load, files, ranks)
+        except BaseException as error:  # also Ctrl-C
+            files.advise_next(error)
+            raise
 
 
 def run_to_files(method: Method, request: Request, load: Callable[[], Wan], files: RunFiles, ranks: OneProcess) -> None:
@@ -200,7 +214,7 @@ def announced(timer: StageTimer) -> Timer:
     begun = set()
 
     def stage(name: str) -> AbstractContextManager[None]:
-        if name not in begun and not sys.stderr.isatty():
+        if name not in begun and sys.stderr is not None and not sys.stderr.isatty():
             print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
         begun.add(name)
         return timer(name)

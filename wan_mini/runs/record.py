@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,9 @@ class RunFiles:
         elif shown:
             advise(error, f"the result is there: {shown[0]}")
         else:
-            remove_states(self.folder)
-            remove_empty_run(self.folder)
+            with suppress(OSError):  # what cannot be removed must not hide the error
+                remove_states(self.folder)
+                remove_empty_run(self.folder)
 
 
 def old_record(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

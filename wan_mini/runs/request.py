@@ -20,7 +20,6 @@ from wan_mini.device.parallel import MODES
 from wan_mini.device.select import DTYPES, pick_device
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
-from wan_mini.files import remove_partial
 from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, parse_pairs, seed_number, with_options
@@ -236,7 +235,6 @@ def resumed_request(args: Namespace, method: Method, given: Collection[str]) -> 
     if record.get("program") != method.prog:
         got = f"one of {record.get('program')}, which has computed nothing"
         raise UserError(f"--resume needs a run of {method.prog}, got {source} with {got}: start a new run")
-    remove_partial(folder)
     if record.get("status") == "finished":
         remove_states(folder)
         return None
