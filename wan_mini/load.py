@@ -12,6 +12,7 @@ in a folder.
 import json
 import shutil
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ from wan_mini.checkpoint import (
     read_tensors,
 )
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
+from wan_mini.device.host import forget_pages
+from wan_mini.device.memory import set_weight_dtypes
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.hashes import FileHasher
@@ -81,33 +84,36 @@ def load_wan(
     device: torch.device | str,
     dtype: torch.dtype,
     hash_files: bool = True,
+    on_demand: bool = False,
 ) -> Wan:
     """Load a checkpoint folder of any layout, or one whose headers read_checkpoint has read.
 
     dtype is for the DiT (but for what keeps float32) and the text encoder. The VAE is always float32, because encoding
     in bfloat16 shifts trajectories. All headers are checked before any weight is read. hash_files: fill Wan.hashes,
-    from what is read anyway or from a cache. Raises MissingFile for a missing part and UserError for a bad one.
+    from what is read anyway or from a cache. on_demand: read a part's weights each time that offload.on_device asks for
+    them, so that one part is in memory. Raises MissingFile for a missing part and UserError for a bad one.
     """
     checkpoint = _open_folder(folder)
     tokenizer = load_tokenizer(checkpoint.path)
     modules = _build_all(checkpoint)
     hasher = FileHasher() if hash_files else None
-    for kind, module in modules.items():
+    hashes: dict[str, str] = {}
+    set_weight_dtypes(modules, dtype)
+
+    def read(kind: str) -> None:
         part_dtype = torch.float32 if kind == "vae" else dtype
-        load_weights(module, checkpoint.parts[kind], device, part_dtype, hasher)
-    hashes = {}
-    if hasher is not None:
-        for file, digest in sorted(hasher.digests.items()):
-            hashes[file.relative_to(checkpoint.path).as_posix()] = digest
-    return Wan(
-        dit=cast(WanDiT, modules["dit"]),
-        vae=cast(WanVAE, modules["vae"]),
-        text_encoder=cast(UMT5Encoder, modules["text_encoder"]),
-        tokenizer=tokenizer,
-        name=_model_name(modules),
-        folder=checkpoint.path,
-        hashes=hashes,
-    )
+        load_weights(modules[kind], checkpoint.parts[kind], device, part_dtype, hasher)
+        if hasher is not None:
+            for file, digest in sorted(hasher.digests.items()):
+                hashes[file.relative_to(checkpoint.path).as_posix()] = digest
+
+    for kind, module in modules.items():
+        if on_demand:
+            module.read_weights = partial(read, kind)  # type: ignore[assignment]
+        else:
+            read(kind)
+    parts: Any = modules
+    return Wan(**parts, tokenizer=tokenizer, name=_model_name(modules), folder=checkpoint.path, hashes=hashes)
 
 
 def build_from_folder(folder: str | Path | Checkpoint) -> tuple[str, dict[str, nn.Module]]:
@@ -175,9 +181,6 @@ def find_tokenizer(path: Path) -> Path:
     if len(files) > 1:
         raise UserError(f"{files[0]} and {files[1]} are both tokenizers: keep one of them")
     return files[0]
-
-
-# Three steps: pick the part, check its headers against the module, and only then read tensor by tensor.
 
 
 def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
@@ -255,7 +258,7 @@ def load_weights(
 ) -> nn.Module:
     """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-    So the peak of memory is the module and the mapped pages of one file. Raises UserError on a tensor that is not
+    So the peak of memory is the module and one tensor. Raises UserError on a tensor that is not
     finite or all zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
@@ -268,6 +271,7 @@ def load_weights(
                 continue  # the tokenizer's bytes
             name = part.names[key]
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
+            forget_pages(tensor)
             del tensor  # it keeps its file mapped
             if name not in state:
                 state[name] = weight
