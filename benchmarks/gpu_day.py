@@ -51,7 +51,7 @@ class Step:
 
 def check_steps(rehearse: bool) -> list[Step]:
     """The gpu tests; a rehearsal runs on the CPU what can run there."""
-    files = GPU_TESTS
+    files: tuple[str, ...] = GPU_TESTS
     if rehearse:
         files = GPU_TESTS[:1]
     steps = []
@@ -63,7 +63,7 @@ def check_steps(rehearse: bool) -> list[Step]:
 
 def speed_steps(rehearse: bool, device: str) -> list[Step]:
     """The tables, in the order in which they matter."""
-    tables = TABLES
+    tables: tuple[str, ...] = TABLES
     if rehearse:
         tables = tuple(f"{table} --size {REHEARSAL} --repeats 1" for table in REHEARSED_TABLES)
     steps = []
