@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from wan_mini.attention import AttentionFunction
+from wan_mini.attention import AttentionFunction, OneProcess
 from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_json
 from wan_mini.dit import WanDiT
 from wan_mini.errors import MissingFile, UserError
@@ -58,6 +58,16 @@ class Experts(nn.Module):
         """As WanDiT.set_attention, for both."""
         self.high_noise.set_attention(function)
         self.low_noise.set_attention(function)
+
+    @property
+    def ranks(self) -> OneProcess:
+        """As WanDiT.ranks; both experts have the same."""
+        return self.high_noise.ranks
+
+    @ranks.setter
+    def ranks(self, ranks: OneProcess) -> None:
+        self.high_noise.ranks = ranks
+        self.low_noise.ranks = ranks
 
     @property
     def patch_embedding(self) -> nn.Module:

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from wan_mini.build import MODULES, build_and_check
 from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
+from wan_mini.device.host import forget_pages
+from wan_mini.device.memory import set_weight_dtypes
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.experts import A14B, Experts, boundary_of, check_both_experts, loras_for, parts_of
@@ -84,40 +87,41 @@ def load_wan(
     dtype: torch.dtype,
     hash_files: bool = True,
     loras: Sequence[LoraFile] = (),
+    on_demand: bool = False,
 ) -> Wan:
     """Load a checkpoint folder of any layout, or one whose headers read_checkpoint has read.
 
     dtype is for the DiT (but for what keeps float32) and the text encoder. The VAE is always float32, because encoding
     in bfloat16 shifts trajectories. All headers are checked before any weight is read. hash_files: fill Wan.hashes,
-    from what is read anyway or from a cache. loras: files that are merged into the DiT's weights.
+    from what is read anyway or from a cache. loras: files that are merged into the DiT's weights. on_demand: read a
+    part's weights each time that offload.on_device asks for them, so that one part is in memory.
     Raises MissingFile for a missing part and UserError for a bad one.
     """
     checkpoint = _open_folder(folder)
     tokenizer = load_tokenizer(checkpoint.path)
     modules = _build_all(checkpoint)
     hasher = FileHasher() if hash_files else None
-    for kind, module in modules.items():
+    hashes: dict[str, str] = {}
+    set_weight_dtypes(modules, dtype)
+
+    def read(kind: str) -> None:
         part_dtype = torch.float32 if kind == "vae" else dtype
-        for part, member in parts_of(kind, module):
-            changes = {}
-            if kind == "dit":
-                changes = read_loras(loras_for(part, loras), member)
+        for part, member in parts_of(kind, modules[kind]):
+            changes = read_loras(loras_for(part, loras), member) if kind == "dit" else {}
             load_weights(member, checkpoint.parts[part], device, part_dtype, hasher, changes)
-    hashes = {}
-    if hasher is not None:
-        for file, digest in sorted(hasher.digests.items()):
-            hashes[file.relative_to(checkpoint.path).as_posix()] = digest
-        for lora in loras:
-            hashes[lora.path.name] = sha256_file(lora.path)
-    return Wan(
-        dit=cast(WanDiT, modules["dit"]),
-        vae=cast(WanVAE, modules["vae"]),
-        text_encoder=cast(UMT5Encoder, modules["text_encoder"]),
-        tokenizer=tokenizer,
-        name=_model_name(modules),
-        folder=checkpoint.path,
-        hashes=hashes,
-    )
+        if hasher is not None:
+            for file, digest in sorted(hasher.digests.items()):
+                hashes[file.relative_to(checkpoint.path).as_posix()] = digest
+            for lora in loras:
+                hashes[lora.path.name] = sha256_file(lora.path)
+
+    for kind, module in modules.items():
+        if on_demand:
+            module.read_weights = partial(read, kind)  # type: ignore[assignment]
+        else:
+            read(kind)
+    parts: Any = modules
+    return Wan(**parts, tokenizer=tokenizer, name=_model_name(modules), folder=checkpoint.path, hashes=hashes)
 
 
 def build_from_folder(folder: str | Path | Checkpoint) -> tuple[str, dict[str, nn.Module]]:
@@ -192,9 +196,6 @@ def find_tokenizer(path: Path) -> Path:
     return files[0]
 
 
-# Three steps: pick the part, check its headers against the module, and only then read tensor by tensor.
-
-
 def _open_folder(folder: str | Path | Checkpoint) -> Checkpoint:
     """The headers of a folder, unless they are read already. Raises MissingFile if it is no folder."""
     path = Path(folder.path if isinstance(folder, Checkpoint) else folder)
@@ -246,9 +247,8 @@ def load_weights(
 ) -> nn.Module:
     """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-    So the peak of memory is the module and the mapped pages of one file. changes: what is added to some parameters.
-    Raises UserError on a tensor that is not
-    finite or all zero, and on two copies of a tied tensor that differ.
+    So the peak of memory is the module and one tensor. changes: what is added to some parameters. Raises UserError on
+    a tensor that is not finite or all zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
     scales = read_scales(part)
@@ -265,6 +265,7 @@ def load_weights(
             for change in (changes or {}).get(name, []):
                 tensor = change.added_to(tensor)
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
+            forget_pages(tensor)
             del tensor  # it keeps its file mapped
             if name not in state:
                 state[name] = weight

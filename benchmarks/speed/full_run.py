@@ -17,11 +17,11 @@ import torch
 
 from benchmarks.speed.bench import Bench, build_parser
 from benchmarks.speed.guided_step import GuidedStep
-from benchmarks.speed.random_models import Size, random_wan
+from benchmarks.speed.random_models import REHEARSAL, Size, random_wan
 from benchmarks.speed.release_schedule import ReleaseGuidance
 from fastvmt import FastVMT, transfer
 from wan_mini.device.flops import forward_flops, gradient_flops
-from wan_mini.device.select import attention_backend, exact_float32
+from wan_mini.device.select import attention_backend, compile_blocks, exact_float32
 from wan_mini.device.timing import StageTimer
 from wan_mini.load import Wan
 from wan_mini.pipeline import decode, denoise
@@ -142,8 +142,13 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = build_parser(__doc__, repeats=1)
     parser.add_argument("--released", action="store_true", help="run the released schedule as a whole too")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks, which are warm then")
     bench = Bench("full_run", parser.parse_args(argv))
     wan = random_wan(bench.size, bench.args.size, bench.device, bench.dtype)
+    if bench.args.compile and bench.args.size == REHEARSAL:
+        compile_blocks(wan.dit, backend="aot_eager")  # inductor takes a minute
+    elif bench.args.compile:
+        compile_blocks(wan.dit)
     with attention_backend(bench.attention):
         time_guided_steps(bench, wan)
         time_runs(bench, wan)

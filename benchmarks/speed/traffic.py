@@ -105,7 +105,9 @@ def traffic_of(size: Size, mode: str, processes: int) -> dict[str, Traffic]:
 
         stepped = count(step)
         guided = count(gradient)
-        sharing = 1 if ranks.whole is None else ranks.whole.size()
+        sharing = 1
+        if ranks.whole is not None:
+            sharing = ranks.whole.size()
     finally:
         dist.destroy_process_group()
     step_blocks = size.dit.num_layers * (2 if mode == "sequence" else 1)

@@ -40,7 +40,15 @@ def block_owners(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _weights_on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Exchange a module's weights for copies on the device."""
+    """Exchange a module's weights for copies on the device, or read them for as long as they work (load_wan)."""
+    read = getattr(module, "read_weights", None)
+    if read is not None:
+        read()
+        try:
+            yield
+        finally:
+            module.to("meta")
+        return
     originals = dict(module.named_parameters())
     copies = {name: weight.detach().to(device) for name, weight in originals.items()}
     module.load_state_dict(copies, assign=True)

@@ -17,6 +17,7 @@ from torch import nn
 from wan_mini.attention import OneProcess
 from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
+from wan_mini.device.host import fit_dtype
 from wan_mini.device.parallel import device_of_process, open_ranks
 from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_dtype
 from wan_mini.device.timing import StageTimer
@@ -80,9 +81,10 @@ class Loader:
     def __call__(self, request: Request, model: Path | Checkpoint) -> Wan:
         """The request's model; model: its folder, or that folder's headers."""
         home = request.device if request.offload == "none" else torch.device("cpu")
-        key = (request.model, home, request.dtype, request.compile, request.loras)
+        on_demand = request.offload == "parts" and request.device.type == "cpu"  # nowhere else to offload to
+        key = (request.model, home, request.dtype, request.compile, request.loras, on_demand)
         if self.wan is None or self.key != key:
-            self.wan = load_wan(model, device=home, dtype=request.dtype, loras=request.loras)
+            self.wan = load_wan(model, device=home, dtype=request.dtype, loras=request.loras, on_demand=on_demand)
             self.key = key
             if request.compile:
                 compile_blocks(self.wan.dit)
@@ -109,6 +111,8 @@ def start(method: Method, args: Namespace, device: torch.device, ranks: OneProce
         name, parts, checkpoint = open_model(args.model)
         clip, config = method.load_preset(preset_folder(args.model, name), method.config)
         clip, config = apply_flags(args, clip, config)
+        if not args.dry_run:
+            dtype = fit_dtype(parts, dtype, device, offload=args.offload, named=args.dtype is not None)
         plans = partial(plan_memory, method, parts, clip, config, dtype)
         if args.dry_run:
             print_costs(method, name, parts, clip, config, dtype)
