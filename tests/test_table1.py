@@ -155,11 +155,11 @@ def row_of(method: str, clip: str, correlation: float, seconds: float) -> dict:
 
 
 def test_ranks_are_over_the_clips_that_all_have():
-    rows = [row_of("fastvmt", "1", 0.5, 10), row_of("moft", "1", 0.9, 20), row_of("none", "1", 0.1, 5)]
-    rows += [row_of("fastvmt", "2", 1.0, 1)]
+    rows = [row_of("fastvmt", "1", 0.5, 10), row_of("moft", "1", 0.9, 8), row_of("none", "1", 0.1, 5)]
+    rows += [row_of("fastvmt", "2", 2.0, 1)]
     assert ranks(rows) == [
         "fastvmt is number 2 of 3 by correlation, on 1 clips",
-        "fastvmt is number 2 of 3 by seconds, on 1 clips",
+        "fastvmt is number 3 of 3 by seconds, on 1 clips",
     ]
     assert ranks(rows[1:3]) == []
 

@@ -16,7 +16,7 @@ from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.lora import load_adapters, save_adapters
 from wan_mini.peers.fit import Fit, FitConfig, loss_by_level
-from wan_mini.peers.methods import METHODS, name_of
+from wan_mini.peers.methods import METHODS, name_of, trains
 from wan_mini.peers.plan import Clips, FrameSets, Plan
 from wan_mini.pipeline import SamplingConfig
 from wan_mini.runs.cli import field_names, with_options
@@ -34,17 +34,29 @@ class Loaded:
     report: dict[str, Any]  # of the plan that they were trained by
 
 
+@dataclass(frozen=True)
+class Training:
+    """How to train, beside the method's options."""
+
+    seed: int
+    recompute: str  # one of dit.RECOMPUTE
+    described: Mapping[str, Any]  # what it depends on besides: a run that was stopped goes on where all of it is equal
+    save: Path | None = None  # file for the adapters, beside which the state of a training waits
+
+
 def training_options(config: FitConfig) -> dict[str, Any]:
     """The options that shape what is trained."""
     sampling = {*field_names(SamplingConfig()), *OF_SAMPLING}
     return {name: value for name, value in asdict(config).items() if name not in sampling}
 
 
-def read_adapters(wan: Wan, config: FitConfig, path: Path) -> tuple[FitConfig, Loaded]:
-    """The options with those that the file was trained with, and its contents.
+def read_adapters(wan: Wan, config: FitConfig, path: Path | None) -> tuple[FitConfig, Loaded | None]:
+    """The options with those that the file was trained with, and its contents; without a file or adapters, as they are.
 
     Raises UserError if it holds another method's adapters, or those of another model.
     """
+    if path is None or not trains(config):
+        return config, None
     tensors, settings = load_adapters(path, wan.hashes.values())
     name = name_of(config)
     if settings.get("method") != name:
@@ -67,28 +79,20 @@ def encode_clips(wan: Wan, frames: np.ndarray, sets: FrameSets, device: torch.de
 
 
 def adapt(
-    wan: Wan,
-    clips: Clips,
-    caption: Tensor,
-    config: FitConfig,
-    *,
-    seed: int,
-    recompute: str,
-    described: Mapping[str, Any],
-    loaded: Loaded | None,
-    save: Path | None,
+    wan: Wan, clips: Clips, caption: Tensor, config: FitConfig, training: Training, loaded: Loaded | None = None
 ) -> tuple[list[nn.Module], dict[str, Any]]:
     """Train the method's parts, or take a file's -> those that act on the video to come, and what run.json keeps.
 
-    caption (1,L,text_dim). described: what the training depends on besides; a run that was stopped goes on where all of
-    it is equal. Raises UserError, FloatingPointError.
+    caption (1,L,text_dim). Raises UserError, FloatingPointError.
     """
+    if not trains(config):
+        return [], {"gradients": 0}
     method = METHODS[name_of(config)]
     if loaded is None:
-        plan = method.plan(wan.dit, clips, caption, config, seed)
-        report = train(wan, plan, caption, config, seed, recompute, described, save)
+        plan = method.plan(wan.dit, clips, caption, config, training.seed)
+        report = train(wan, plan, caption, config, training)
     else:
-        plan = method.plan(wan.dit, clips, caption, config, seed, loaded.report)
+        plan = method.plan(wan.dit, clips, caption, config, training.seed, loaded.report)
         plan.parts.load_state_dict(loaded.tensors)
         report = {"gradients": 0}
     plan.prepare()
@@ -100,21 +104,14 @@ def adapt(
     return parts, {**plan.report, **report, "adapters_sha256": sha256_weights(plan.parts)}
 
 
-def train(
-    wan: Wan,
-    plan: Plan,
-    caption: Tensor,
-    config: FitConfig,
-    seed: int,
-    recompute: str,
-    described: Mapping[str, Any],
-    save: Path | None,
-) -> dict[str, Any]:
+def train(wan: Wan, plan: Plan, caption: Tensor, config: FitConfig, training: Training) -> dict[str, Any]:
     """Do the plan's stages, and write the file if there is one to write -> figures for run.json."""
-    settings = {"method": name_of(config), "options": training_options(config), "seed": seed, **described}
+    settings = {"method": name_of(config), "options": training_options(config), "seed": training.seed}
+    settings |= training.described
+    save = training.save
     state = None if save is None else save.with_name(save.name + ".state")
-    fit = Fit(plan.stages, seed=seed, state=state, settings=json.dumps(settings))
-    log = fit.run(wan.dit, caption, shift=config.fit_shift, recompute=recompute)
+    fit = Fit(plan.stages, seed=training.seed, state=state, settings=json.dumps(settings))
+    log = fit.run(wan.dit, caption, shift=config.fit_shift, recompute=training.recompute)
     if save is not None:
         save_adapters(save, plan.parts, {**settings, "report": plan.report}, wan.hashes.values())
         fit.finish()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from wan_mini.load import Wan
 from wan_mini.lora import Attachable, attached
 from wan_mini.peers.adaptation import (
     Loaded,
+    Training,
     adapt,
     describe_training,
     encode_clips,
@@ -57,46 +58,36 @@ def transfer(
 ) -> Transfer:
     """Train adapters on `clip`, whose caption is ref_prompt, and make a video of `prompt` with them.
 
-    Other arguments as for fastvmt.transfer. save: file for the adapters, beside which a stopped training waits to go
-    on; load: take those of a file instead. check: make the reference with its own caption too, as
-    Transfer.others["rebuilt"]. Raises UserError, FloatingPointError.
+    Other arguments and errors: as for fastvmt.transfer. save: file for the adapters, beside which a stopped training
+    waits to go on; load: take those of a file. check: make the reference's own video too, Transfer.others["rebuilt"].
     """
     device = wan.device if device is None else torch.device(device)
-    loaded = None
-    if load is not None and trains(config):
-        config, loaded = read_adapters(wan, config, load)
+    config, loaded = read_adapters(wan, config, load)
     with timer("text"):
         prompts = [prompt, config.negative, "", ref_prompt]
         text, negative, empty, caption = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
     with timer("encode"), on_device(wan.vae, device), exact_float32(device):
         clips = encode_clips(wan, clip, training_clips(config, len(clip), loaded), device, config.vae_tile)
     (reference,) = clips["whole"]
-    start = start_latents(reference, config, seed)
-    parts: list[nn.Module] = []
-    report: dict[str, Any] = {"gradients": 0, "recompute": "none", "ref_prompt": ref_prompt}
     with ExitStack() as stack:
         with timer("move"):
             stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
-        if trains(config):
-            with timer("fit"):
-                report["recompute"] = recompute or least_recompute(wan, reference, config, device, offload_blocks)
-                options: Any = {"seed": seed, "recompute": report["recompute"], "loaded": loaded, "save": save}
-                described = describe_training(wan, clip, ref_prompt)
-                parts, figures = adapt(wan, clips, caption, config, described=described, **options)
-                report |= figures
-        sample = partial(sample_video, wan, start, parts, negative, config, timer)
+        with timer("fit"):
+            recompute = recompute or least_recompute(wan, reference, config, device, offload_blocks)
+            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save)
+            parts, report = adapt(wan, clips, caption, config, training, loaded)
+        sample = partial(sample_video, wan, reference, parts, negative, config, seed, timer)
         latents = sample(text)
-        rebuilt = sample(caption) if check and trains(config) else None
+        others = {"rebuilt": sample(caption)} if check and trains(config) else {}
         with timer("flows"):
             flows = clean_flow(wan.dit, reference, empty), clean_flow(wan.dit, latents, empty)
-    result = Transfer(latents, flows, report)
+    result = Transfer(latents, flows, {"ref_prompt": ref_prompt, "recompute": recompute, **report})
     if on_latents is not None:
         on_latents(result)
+    show = partial(decode, wan.vae, tile=config.vae_tile, dtype=wan.dtype)
     with timer("decode"), on_device(wan.vae, device):
-        to_frames = partial(decode, wan.vae, tile=config.vae_tile, dtype=wan.dtype)
-        result.frames = to_frames(latents)
-        if rebuilt is not None:
-            result.others["rebuilt"] = to_frames(rebuilt)
+        result.frames = show(latents)
+        result.others = {name: show(video) for name, video in others.items()}
     return result
 
 
@@ -110,30 +101,28 @@ def training_clips(config: FitConfig, frames: int, loaded: Loaded | None) -> Fra
     return sets
 
 
-def start_latents(reference: Tensor, config: FitConfig, seed: int) -> Tensor:
-    """Pure noise, unless strength is below 1: (1,16,F,h,w), the same as for every method."""
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(reference.device)
-    sigma = FlowEuler(config.steps, config.shift, config.strength).sigmas[0]
-    return (1 - sigma) * reference + sigma * noise
-
-
 def least_recompute(wan: Wan, reference: Tensor, config: FitConfig, device: torch.device, offload_blocks: bool) -> str:
     """The least that training must recompute to fit into the device's memory, one of dit.RECOMPUTE."""
     gradient = gradient_of(config)
-    assert gradient is not None
+    if gradient is None:
+        return "none"
     return choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
 
 
 def sample_video(
     wan: Wan,
-    start: Tensor,
+    reference: Tensor,
     parts: Sequence[nn.Module],
     negative: Tensor,
     config: FitConfig,
+    seed: int,
     timer: Timer,
     text: Tensor,
 ) -> Tensor:
     """Latents (1,16,F,h,w) of a video, with the parts attached in both passes of classifier-free guidance."""
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(reference.device)
+    sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
+    start = (1 - sigma) * reference + sigma * noise
     with attached(wan.dit, *cast(Sequence[Attachable], parts)):
         return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer)

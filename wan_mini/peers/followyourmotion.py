@@ -119,7 +119,7 @@ def frame_sets(config: FollowYourMotionConfig, frames: int) -> FrameSets:
 def label_heads(
     dit: WanDiT, latents: Tensor, text: Tensor, config: FollowYourMotionConfig, seed: int, blocks: int | None = None
 ) -> Tensor:
-    """Similarities (L,M,2) of all heads, or of the first `blocks`, for the noised clip (1,16,F,h,w) and its caption."""
+    """Similarities (L,M,2) of all heads, or of the first `blocks`, for the noised clip and its caption."""
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents.device)
     sigma = config.label_timestep / 1000
     noised = (1 - sigma) * latents + sigma * noise

@@ -121,6 +121,8 @@ def _convert(value: Any, hint: Any) -> Any:
         return _convert_tuple(value, get_args(hint))
     if hint is int and isinstance(value, float):
         raise ValueError(value)
+    if hint is bool:  # bool("False") is True
+        return ("False", "True").index(str(value).capitalize()) == 1
     if hint is str and not isinstance(value, str):
         raise TypeError(value)
     return hint(value)
@@ -128,6 +130,9 @@ def _convert(value: Any, hint: Any) -> Any:
 
 def _convert_tuple(value: Any, kinds: tuple[Any, ...]) -> tuple[Any, ...]:
     parts = value.split(",") if isinstance(value, str) else value
+    if kinds[-1] is Ellipsis:  # any number; "" is none
+        parts = [part for part in parts if part != ""]
+        kinds = kinds[:1] * len(parts)
     return tuple(_convert(part, kind) for part, kind in zip(parts, kinds, strict=True))
 
 
