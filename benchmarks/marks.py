@@ -1,0 +1,263 @@
+"""How well the start noise of a clip is found again after what happens to videos.
+
+    python -m benchmarks.marks --clips 50 --csv marks.csv
+
+Each held-out clip of the tiny world is transferred twice: from noise with a key, and from noise without. Both results
+are distorted in the same ways, and verified for the key. Rows are written as they come; a second call with the same
+--csv does only what is missing. Lost frames and mirrors are searched for where a distortion is of that kind.
+"""
+
+import csv
+import io
+import math
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import fastvmt
+from benchmarks.evaluate import clip_seeds
+from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.errors import UserError, check_range
+from wan_mini.load import Wan, load_wan
+from wan_mini.runs.cli import Parser, parse_pairs, run, with_options
+from wan_mini.runs.request import load_preset
+from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.tiny.world import make_clip, other_scene
+from wan_mini.verify import AS_IT_IS, RATE, VIEWS, Verifier
+
+KEY = "benchmark"
+COLUMNS = (
+    "clip",
+    "kind",
+    "marked",
+    "distortion",
+    "agreement",
+    "z",
+    "log10_rate",
+    "skipped",
+    "offset",
+    "mirrored",
+    "seconds",
+)
+SEARCHED = ("first_frame_lost", "trimmed", "mirrored")  # with every view; the others as they are
+CRFS = (18, 23, 28, 35)
+Distortion = Callable[[np.ndarray], np.ndarray]  # frames (T,H,W,3) uint8 -> of the same height and width
+Row = dict[str, Any]
+
+
+def resized(frames: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Each frame, bicubic."""
+    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def half_size(frames: np.ndarray) -> np.ndarray:
+    """Half the height and width, and back."""
+    height, width = frames.shape[1:3]
+    return resized(resized(frames, width // 2, height // 2), width, height)
+
+
+def cropped(frames: np.ndarray) -> np.ndarray:
+    """Without 5 % on each side, and back to its size."""
+    height, width = frames.shape[1:3]
+    top = height // 20
+    left = width // 20
+    return resized(frames[:, top : height - top, left : width - left], width, height)
+
+
+def brighter(frames: np.ndarray) -> np.ndarray:
+    """Every level times 1.1."""
+    return np.minimum(np.rint(frames * 1.1), 255).astype(np.uint8)
+
+
+def first_frame_lost(frames: np.ndarray) -> np.ndarray:
+    """From the second frame on, which shifts the VAE's groups of four."""
+    return frames[1:]
+
+
+def trimmed(frames: np.ndarray) -> np.ndarray:
+    """Without an eighth of the frames at each end."""
+    cut = len(frames) // 8
+    return frames[cut : len(frames) - cut]
+
+
+def mirrored(frames: np.ndarray) -> np.ndarray:
+    """Left and right exchanged."""
+    return np.ascontiguousarray(frames[:, :, ::-1])
+
+
+def webp(frames: np.ndarray, quality: int = 80) -> np.ndarray:
+    """Each frame through a lossy WebP."""
+    decoded = []
+    for frame in frames:
+        file = io.BytesIO()
+        Image.fromarray(frame).save(file, "WEBP", quality=quality)
+        decoded.append(np.asarray(Image.open(file).convert("RGB")))
+    return np.stack(decoded)
+
+
+def h264(crf: int) -> Distortion:
+    """Through ffmpeg's libx264 at this quality, 4:2:0."""
+
+    def distort(frames: np.ndarray) -> np.ndarray:
+        height, width = frames.shape[1:3]
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / "clip.mp4")
+            encode = ["-s", f"{width}x{height}", "-framerate", "16", "-i", "-", "-c:v", "libx264", "-crf", str(crf)]
+            run_ffmpeg([*raw, *encode, "-pix_fmt", "yuv420p", file], frames.tobytes())
+            pixels = run_ffmpeg(["-i", file, *raw, "-"])
+        return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+
+    return distort
+
+
+def run_ffmpeg(words: list[str], pixels: bytes | None = None) -> bytes:
+    """What ffmpeg writes to its standard output. Raises UserError if it fails."""
+    done = subprocess.run(["ffmpeg", "-v", "error", *words], input=pixels, capture_output=True)
+    if done.returncode != 0:
+        raise UserError(f"ffmpeg failed: {done.stderr.decode(errors='replace')[:200]}")
+    return done.stdout
+
+
+def distortions() -> dict[str, Distortion]:
+    """All that can be done here: those of H.264 need ffmpeg."""
+    table: dict[str, Distortion] = {"none": lambda frames: frames}
+    if shutil.which("ffmpeg") is not None:
+        for crf in CRFS:
+            table[f"h264_crf{crf}"] = h264(crf)
+    simple = (webp, half_size, cropped, brighter, first_frame_lost, trimmed, mirrored)
+    return table | {function.__name__: function for function in simple}
+
+
+class Transfers:
+    """The clips that are marked or not: motion transfers of the world's held-out clips."""
+
+    def __init__(self, wan: Wan, config: fastvmt.MotionConfig, device: torch.device):
+        self.wan = wan
+        self.config = config
+        self.device = device
+
+    def generate(self, number: int, kind: str, marked: bool) -> np.ndarray:
+        """The result (T,H,W,3) uint8 for one clip."""
+        clip = make_clip(number, kind, "held-out")
+        key = KEY if marked else ""
+        return self.transfer(clip.frames, other_scene(clip, number).caption, number, key)
+
+    def second_generation(self, frames: np.ndarray, number: int, kind: str) -> np.ndarray:
+        """A transfer whose reference is a result, from noise of its own and to another prompt."""
+        scene = other_scene(make_clip(number, kind, "held-out"), number + 1)
+        return self.transfer(frames, scene.caption, number + 1, "")
+
+    def transfer(self, frames: np.ndarray, prompt: str, seed: int, key: str) -> np.ndarray:
+        """One transfer from keyed noise."""
+        config = replace(self.config, key=key)
+        result = fastvmt.transfer(self.wan, frames, prompt, config, seed=seed, device=self.device)
+        assert result.frames is not None  # a transfer ends with its frames; only its callback sees none
+        return result.frames
+
+
+def measure(
+    transfers: Transfers, number: int, kind: str, marked: bool, names: Sequence[str], table: dict[str, Distortion]
+) -> Iterator[Row]:
+    """One row for each of these distortions of one clip."""
+    frames = transfers.generate(number, kind, marked)
+    for name in names:
+        start = time.perf_counter()
+        if name == "second_generation":
+            distorted = transfers.second_generation(frames, number, kind)
+        else:
+            distorted = table[name](frames)
+        verifier = Verifier(transfers.wan, distorted, frames.shape[:3], transfers.device)
+        best, rate = verifier.best([number], KEY, VIEWS if name in SEARCHED else [AS_IT_IS])
+        row: Row = {"clip": number, "kind": kind, "marked": int(marked), "distortion": name}
+        row |= {"agreement": f"{best.agreement:.4f}", "z": f"{best.z:.2f}", "log10_rate": f"{rate:.2f}"}
+        row |= {"skipped": best.view.skipped, "offset": best.offset, "mirrored": int(best.view.mirrored)}
+        yield row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The whole rows of a CSV file; the last one may be cut, and counts only if it is whole."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+
+
+def measure_all(transfers: Transfers, clips: Sequence[tuple[int, str]], names: Sequence[str], path: Path) -> None:
+    """Write what is missing in the CSV file, each row when it is there."""
+    rows = read_rows(path)
+    done = {(row["clip"], row["marked"], row["distortion"]) for row in rows}
+    table = distortions()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+        file.flush()
+        for number, kind in clips:
+            for marked in (True, False):
+                missing = [name for name in names if (str(number), str(int(marked)), name) not in done]
+                if missing:
+                    for row in measure(transfers, number, kind, marked, missing, table):
+                        writer.writerow(row)
+                        file.flush()
+
+
+def summary(rows: Sequence[dict[str, str]]) -> str:
+    """A line for each distortion: how many clips were found, with the mark and without, and the range of z."""
+    lines = [f"{'':20}{'marked: found':>15}{'z':>18}{'unmarked: found':>18}{'z':>18}"]
+    for name in dict.fromkeys(row["distortion"] for row in rows):
+        cells = f"{name:20}"
+        for marked, width in (("1", 15), ("0", 18)):
+            group = [row for row in rows if row["distortion"] == name and row["marked"] == marked]
+            hits = sum(float(row["log10_rate"]) <= math.log10(RATE) for row in group)
+            scores = [float(row["z"]) for row in group] or [math.nan]
+            of_all = f"{hits} of {len(group)}"
+            scores_range = f"{min(scores):.1f} to {max(scores):.1f}"
+            cells += f"{of_all:>{width}}{scores_range:>18}"
+        lines.append(cells)
+    return "\n".join(lines)
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m benchmarks.marks", description="Measure how well the start noise is found again.")
+    p.add_argument("--csv", type=Path, required=True, help="one row a clip, mark and distortion; goes on where it ends")
+    p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with a motion.json (the tiny model)")
+    p.add_argument("--seed", type=int, default=0, help="any integer: which clips (%(default)s)")
+    p.add_argument("--clips", type=int, default=8, help="how many, of the four kinds in turn (%(default)s)")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="some distortions (all, and second_generation)")
+    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of MotionConfig")
+    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
+    return p
+
+
+def program(argv: list[str] | None = None) -> None:
+    """Measure what is missing, and print the summary."""
+    args = parser().parse_args(argv)
+    check_range("clips", args.clips, 1)
+    known = [*distortions(), "second_generation"]
+    names = args.only or known
+    if not set(names) <= set(known):
+        raise UserError(f"--only needs some of {', '.join(known)}, got {', '.join(names)}")
+    _, config = load_preset(args.model, fastvmt.MotionConfig())
+    config = with_options(config, parse_pairs(args.set), "--set")
+    device = pick_device(args.device)
+    wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
+    measure_all(Transfers(wan, config, device), clip_seeds(args.seed, args.clips), names, args.csv)
+    print(f"{wan.name} on {device}, torch {torch.__version__}; found: false-positive rate of at most {RATE:g}")
+    print(summary(read_rows(args.csv)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(program))

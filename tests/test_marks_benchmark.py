@@ -1,0 +1,97 @@
+"""The benchmark of marks: its distortions, its rows, and that it goes on where it stopped."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from benchmarks import marks
+from wan_mini.verify import AS_IT_IS, VIEWS, Match, View
+
+FRAMES = np.random.default_rng(0).integers(0, 256, (17, 40, 60, 3), dtype=np.uint8)
+SMOOTH = np.broadcast_to(np.linspace(20, 200, 60, dtype=np.uint8)[:, None], (17, 40, 60, 3)).copy()
+
+
+def test_distortions_do_what_they_are_called():
+    table = marks.distortions()
+    assert table["none"](FRAMES) is FRAMES
+    assert np.array_equal(table["first_frame_lost"](FRAMES), FRAMES[1:])
+    assert np.array_equal(table["trimmed"](FRAMES), FRAMES[2:15])
+    assert np.array_equal(table["mirrored"](FRAMES)[:, :, 0], FRAMES[:, :, -1])
+    assert table["brighter"](np.array([[[[100, 250, 0]]]], np.uint8)).tolist() == [[[[110, 255, 0]]]]
+    for name in ("half_size", "webp"):
+        got = table[name](SMOOTH)
+        assert got.shape == SMOOTH.shape and 0 < np.abs(got.astype(int) - SMOOTH).mean() < 4
+        assert np.abs(table[name](FRAMES).astype(int) - FRAMES).mean() > 10
+    inner = table["cropped"](SMOOTH)  # 3 of 60 columns are cut on each side
+    assert inner.shape == SMOOTH.shape and inner[0, 20, 0, 0] > SMOOTH[0, 20, 2, 0]
+    assert inner[0, 20, -1, 0] < SMOOTH[0, 20, -3, 0]
+
+
+class Fake:
+    """Transfers that count."""
+
+    wan = device = None
+
+    def __init__(self):
+        self.made = []
+
+    def generate(self, number, kind, marked):
+        self.made.append((number, marked))
+        return FRAMES + np.uint8(marked)
+
+    def second_generation(self, frames, number, kind):
+        return frames
+
+
+class FakeVerifier:
+    """z is 9 for marked frames; the views are those of the distortion."""
+
+    views: dict = {}
+
+    def __init__(self, wan, frames, original, device):
+        assert original == (17, 40, 60)
+        self.frames = frames
+
+    def best(self, seeds, key, views):
+        assert key == marks.KEY
+        self.views[len(self.frames)] = list(views)
+        (seed,) = seeds
+        return Match(seed, View(0, False), 0, 0.5, 9.0), -20.0
+
+
+def test_a_second_call_does_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setattr(marks, "Verifier", FakeVerifier)
+    path, clips, fake = tmp_path / "marks.csv", [(5, "single"), (6, "several")], Fake()
+    names = ["none", "first_frame_lost", "second_generation"]
+    marks.measure_all(fake, clips[:1], names, path)
+    assert fake.made == [(5, True), (5, False)]
+    assert FakeVerifier.views == {17: [AS_IT_IS], 16: list(VIEWS)}
+    before = path.read_text()
+    marks.measure_all(fake, clips[:1], names, path)
+    assert path.read_text() == before and len(fake.made) == 2
+    lines = before.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]) + lines[-1][:9])  # killed while it wrote its last row
+    marks.measure_all(fake, clips, names, path)
+    assert fake.made[2:] == [(5, False), (6, True), (6, False)]
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    keys = [(row["clip"], row["marked"], row["distortion"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 12 and list(rows[0]) == list(marks.COLUMNS)
+
+
+def test_the_summary_counts_what_is_found():
+    rows = []
+    for number in range(4):
+        for marked in (0, 1):
+            rate = "-7.0" if marked and number else "-1.0"
+            rows.append(
+                {"clip": str(number), "marked": str(marked), "distortion": "none", "z": str(number), "log10_rate": rate}
+            )
+    line = marks.summary(rows).splitlines()[1].split()
+    assert line == ["none", "3", "of", "4", "0.0", "to", "3.0", "0", "of", "4", "0.0", "to", "3.0"]
+
+
+def test_unknown_distortions_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="--only needs some of none, .*, got blur"):
+        marks.program(["--csv", str(tmp_path / "x.csv"), "--only", "blur"])
