@@ -1,6 +1,7 @@
 """Numbers that cannot run and names that a terminal would obey: refused at once, printed as escapes."""
 
 import io
+import os
 import re
 import sys
 import time
@@ -104,6 +105,7 @@ def test_nothing_raw_reaches_a_terminal(encoding, monkeypatch):
     assert b"\\x1b[31mred" in streams["stdout"].buffer.getvalue()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="no other system allows such names of files")
 def test_names_of_clips_and_models_are_printed_plainly(tmp_path, folder, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pictures = [Image.new("L", (64, 64), 9 * i) for i in range(12)]

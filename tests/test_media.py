@@ -22,6 +22,7 @@ from wan_mini.tiny.world import make_clip
 from wan_mini.video import read_video, remarks
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg on PATH to make a film")
+posix = pytest.mark.skipif(os.name != "posix", reason="needs pipes, sockets and shell scripts of POSIX")
 LEVELS = range(0, 250, 10)  # one gray level a frame makes its number readable
 
 
@@ -75,6 +76,7 @@ def canary(tmp_path, monkeypatch):
     return sign
 
 
+@posix
 @pytest.mark.parametrize("name", ["clip.gif", "clip.webp", "clip.apng", "clip.png", "clip.jpg"])
 def test_postscript_starts_no_program(name, tmp_path, canary):
     (tmp_path / name).write_bytes(POSTSCRIPT)
@@ -88,6 +90,7 @@ def test_postscript_starts_no_program(name, tmp_path, canary):
     assert not canary.exists()
 
 
+@posix
 @pytest.mark.parametrize("kind", ["BMP", "TIFF", "PPM", "ICO", "TGA", "PCX", "EPS", "PDF", "IM", "SGI"])
 def test_other_formats_do_not_reach_their_decoders(kind, tmp_path, canary):
     """Whatever the file is called: only the decoders of images.py run."""
@@ -98,15 +101,17 @@ def test_other_formats_do_not_reach_their_decoders(kind, tmp_path, canary):
     assert not canary.exists()
 
 
-def test_only_regular_files_are_opened(tmp_path):
+@posix
+def test_only_regular_files_are_opened(tmp_path, monkeypatch):
     """A pipe would wait for ever, a device never end."""
+    (tmp_path / "zero.gif").symlink_to("/dev/zero")
+    refuses(tmp_path / "zero.gif", "is no regular file")
     for name in ("pipe.gif", "pipe.mp4"):
         os.mkfifo(tmp_path / name)
         refuses(tmp_path / name, "is no regular file")
-    (tmp_path / "zero.gif").symlink_to("/dev/zero")
-    refuses(tmp_path / "zero.gif", "is no regular file")
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(tmp_path / "s.webp"))
+        monkeypatch.chdir(tmp_path)
+        server.bind("s.webp")  # a socket's path must be short
         refuses(tmp_path / "s.webp", "is no regular file")
     folder = tmp_path / "frames"
     folder.mkdir()
@@ -157,6 +162,7 @@ def fake_ffmpeg(folder, script):
     return str(folder)
 
 
+@posix
 @pytest.mark.parametrize(
     ("script", "pattern"),
     [

@@ -22,6 +22,7 @@ from wan_mini.json_file import parse_json, read_json
 from wan_mini.tokenizer import Tokenizer
 
 DIT = "diffusion_pytorch_model.safetensors"
+posix = pytest.mark.skipif(os.name != "posix", reason="needs pipes, sockets and shell scripts of POSIX")
 
 
 @pytest.fixture
@@ -117,6 +118,7 @@ def test_broken_json_is_refused_wherever_it_is_read(case, copy):
         refuses(copy, f"{DIT}: config {pattern}")
 
 
+@posix
 def test_json_is_bounded_and_regular(tmp_path, monkeypatch):
     monkeypatch.setattr(json_file, "MAX_DEPTH", 2)
     assert parse_json('{"a": [1]}', "x") == {"a": [1]}
@@ -244,6 +246,7 @@ def test_sides_are_counted(name, copy):
     refuses(copy, f"{name} must have . sides")
 
 
+@posix
 def test_weights_are_regular_files(copy):
     os.mkfifo(copy / "more.safetensors")
     refuses(copy, "more.safetensors is no regular file")

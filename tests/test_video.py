@@ -335,6 +335,9 @@ def test_ffmpeg_gets_each_argument_whole():
     decode = ffmpeg.decode_command(path, 16)
     assert decode[decode.index("-i") + 1] == str(path.absolute()) and decode[-1] == "-"
     assert decode[decode.index("-vf") + 1].startswith("setpts=PTS-STARTPTS,fps=16,scale=")
+    before = decode[: decode.index("-i")]  # what holds for this input
+    assert before[before.index("-protocol_whitelist") + 1] == "file"
+    assert not {"hls", "concat", "sdp", "dash"} & set(before[before.index("-format_whitelist") + 1].split(","))
     assert "setpts=N,fps=25,scale" in " ".join(ffmpeg.decode_command(path, None))  # each picture of the file
     comment = '{"prompt": "a \'quoted\' \\"B\\" ; = "}'
     encode = ffmpeg.encode_command(path, "96x64", 29.97, comment)
