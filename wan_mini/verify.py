@@ -5,7 +5,7 @@
 The clip is encoded and taken back to noise in 25 Euler steps without a text. What comes out is compared with the start
 noise: z = <estimate, noise> / |estimate|. If the clip has nothing to do with that noise, z is exactly a standard normal
 number, whatever the clip shows, because the noise is; so the false-positive rate is the normal tail, times the number
-of things tried. A causal VAE encodes the first frame alone and then groups of four: a clip that lost frames is tried
+of offsets tried. A causal VAE encodes the first frame alone and then groups of four: a clip that lost frames is tried
 from each of its first four, at every offset, and mirrored.
 
 Exit status: 0 the mark is there, 1 it was not found, 2 an error. Not found is no proof of another origin.

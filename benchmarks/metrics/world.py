@@ -25,9 +25,9 @@ def shown_objects(frames: np.ndarray, labels: np.ndarray, scene: Scene) -> list[
 
 
 def subject_consistency(shown: list[Objects]) -> float:
-    """Share of frames that show the clip's most frequent set of objects: what turns into another thing costs.
+    """Share of frames that show the clip's most frequent set of objects: what turns into another object costs.
 
-    1 also where all frames show the same wrong thing; whether it is the right one is `color_ok` and `shape_ok`.
+    1 also where all frames show the same wrong object; whether it is the right one is `color_ok` and `shape_ok`.
     """
     (_, count), *_ = Counter(shown).most_common(1)
     return count / len(shown)

@@ -38,7 +38,7 @@ class DeTConfig(FitConfig):
 
 
 class TemporalConv(nn.Module):
-    """C -> rank -> C along time at each place, with GELU between; it adds nothing at first.
+    """C -> rank -> C along time at each position, with GELU between; it adds nothing at first.
 
     The first kernel is drawn from N(0, 1 / 3C); the original's, from N(0, 1), makes pre-activations of size sqrt(3C).
     """

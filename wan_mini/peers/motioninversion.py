@@ -1,4 +1,4 @@
-"""MotionInversion (arXiv 2403.20193): learned embeddings in the self-attention, of time for q and k, of place for v.
+"""MotionInversion (arXiv 2403.20193): learned embeddings in the self-attention, of time for q and k, of position for v.
 
 When a video is made, the embeddings of v become their changes from frame to frame, which takes out what is constant:
 the look of the clip.
