@@ -115,7 +115,7 @@ def temporal_heads(sims: Tensor, ratio: float = 1.3, rule: str = "paper") -> Ten
 def relabel(labels: Tensor, control: str, seed: int) -> tuple[Tensor, Tensor]:
     """Heads of the spatial and of the temporal adapters, (L,M) bool each, from labels (L,M).
 
-    control "labeled": as the labels say; "all": both on all heads; "random": as many temporal heads, at random positions;
+    control "labeled": as the labels say; "all": both on all heads; "random": as many temporal heads, drawn at random;
     "swapped": the other way round.
     """
     everything = torch.ones_like(labels)

@@ -1,7 +1,8 @@
 """Space-Time Features, here SMM (arXiv 2311.17009): how the mean feature of a frame changes from frame to frame.
 
 Frame i is described by the mean of its tokens' features, m_i; the changes m_j - m_i shall point the same way as in the
-reference. What a mean over the frame cannot see, the method cannot ask for: where an object moves over an even background.
+reference. What a mean over the frame cannot see, the method cannot ask for: where an object moves over an even
+background.
 """
 
 from dataclasses import dataclass

@@ -177,7 +177,8 @@ def run_to_files(method: Method, request: Request, load: Callable[[], Wan], file
     with timer("load"):
         wan = load()
         ranks.share(wan.dit)
-    files.begin(settings_of(method, request, clip, frames), machine(request, wan))
+    with timer("write"):
+        files.begin(settings_of(method, request, clip, frames), machine(request, wan))
     size = f"{len(frames)} frames of {clip.width}x{clip.height}"
     print(f"{wan.name} on {compute_line(request)}, seed {request.seed}, {size} to {files.folder}")
     options = {
