@@ -39,6 +39,7 @@ TABLES = (
 )
 REHEARSED_TABLES = ("full_run", "limits", "gradient", "dit", "vae", "full_run --compile", "amf --frames 3 5")
 DONE, FAILED, LEFT = 0, 1, 3
+PAUSED = "the same command goes on"  # what training prints when its minutes are over
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def train_steps(rehearse: bool, device: str, folder: Path, minutes: float) -> li
 
 
 def run_step(step: Step, folder: Path, device: str, seconds: float, rehearse: bool) -> str:
-    """Run a step, and leave its log and its record; "done", "failed" or "stopped", when its time was over."""
+    """Run a step, and leave its log and its record; "done", "failed", "stopped" by its time, or "paused" by itself."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if rehearse:
         environment |= {"REHEARSE_GPU": "1", "OMP_NUM_THREADS": "1"}
@@ -103,6 +104,8 @@ def run_step(step: Step, folder: Path, device: str, seconds: float, rehearse: bo
                 outcome = "failed"
         except subprocess.TimeoutExpired:
             outcome = "stopped"
+    if outcome == "failed" and PAUSED in (folder / f"{step.name}.log").read_text(errors="replace"):
+        outcome = "paused"
     record = {"outcome": outcome, "seconds": round(time.perf_counter() - start, 1), "command": step.command}
     record["machine"] = describe_machine(pick_device(device))
     (folder / f"{step.name}.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -166,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         outcomes += run_stage(steps, folder, device, args.minutes, args.rehearse).values()
     if "failed" in outcomes:
         return FAILED
-    if {"left", "stopped"} & set(outcomes):
+    if {"left", "stopped", "paused"} & set(outcomes):
         return LEFT
     return DONE
 

@@ -23,11 +23,14 @@ def test_a_stage_goes_on_where_it_stopped(tmp_path):
     record = json.loads((tmp_path / "step1.json").read_text())
     assert record["outcome"] == "failed" and record["machine"].keys() >= {"device", "torch", "commit", "date"}
     wanted[1:3] = steps("", "print('mended')", "")[1:]
+    wanted += [Step("train", ["-c", f"raise SystemExit('paused: {gpu_day.PAUSED}')"])]
     second = run_stage(wanted, tmp_path, "cpu", 1, False)
-    assert list(second.values()) == ["done before", "done", "done", "done"]
+    assert list(second.values()) == ["done before", "done", "done", "done", "paused"]
 
 
-@pytest.mark.parametrize(("outcomes", "code"), [(["done"], 0), (["left", "done"], 3), (["stopped", "failed"], 1)])
+@pytest.mark.parametrize(
+    ("outcomes", "code"), [(["done"], 0), (["left", "done"], 3), (["paused"], 3), (["stopped", "failed"], 1)]
+)
 def test_exit_codes(outcomes, code, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day, "run_stage", lambda *_: dict(enumerate(outcomes)))
     assert gpu_day.main(["check", "--out", str(tmp_path), "--device", "cpu"]) == code
@@ -58,18 +61,19 @@ def test_every_table_of_the_kit_is_a_program():
 
 @pytest.mark.slow
 def test_the_rehearsal(tmp_path, capsys):
-    """All three stages on a CPU; a second call has nothing left to do."""
-    argv = ["check", "speed", "train", "--out", str(tmp_path), "--rehearse"]
-    code = gpu_day.main(argv)
+    """All three stages on a CPU; training pauses, and a second call has nothing else left to do."""
+    argv = ["--out", str(tmp_path), "--rehearse"]
+    code = gpu_day.main(["check", "speed", "train", *argv])
     logs = [path.read_text()[-2000:] for path in sorted(tmp_path.glob("*/*.log"))]
-    assert code == 0, "\n".join(logs)
+    assert code == gpu_day.LEFT, "\n".join(logs)
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
-    assert {"test_gpu", "full_run", "full_run-compiled", "limits", "gradient", "dit", "vae", "amf", "train"} <= set(
-        records
-    )
+    paused = records.pop("train")
+    assert paused["outcome"] == "paused" and list((tmp_path / "train/work").glob("*.pt*"))
+    tables = {"full_run", "full_run-compiled", "limits", "gradient", "dit", "vae", "amf"}
+    assert records.keys() == tables | {"test_gpu"}
+    assert {record["outcome"] for record in records.values()} == {"done"}
     table = json.loads((tmp_path / "speed/limits.log").read_text().splitlines()[-1])
     assert table["settings"]["size"] == random_models.REHEARSAL and "--memory 8" in table["rows"]
-    assert (tmp_path / "train/work").is_dir()
     start = time.monotonic()
-    assert gpu_day.main(argv) == 0 and time.monotonic() - start < 5
+    assert gpu_day.main(["check", "speed", *argv]) == 0 and time.monotonic() - start < 5
     assert "left" not in capsys.readouterr().out
