@@ -8,7 +8,7 @@ from wan_mini.pipeline import SamplingConfig
 from wan_mini.runs.cli import field_names, with_options
 from wan_mini.runs.folder import read_preset
 
-# Chosen on training clips. High noise levels (fit_shift) decide: at shift 3 a clip is not even rebuilt.
+# Starting values, not swept yet. The shift of the noise levels matters most: a clip's paths are decided at high noise.
 TINY: dict[str, dict[str, Any]] = {
     "fym": {
         "fit_steps": (200, 200),
