@@ -116,7 +116,7 @@ def h264(crf: int) -> Distortion:
             encode = ["-s", f"{width}x{height}", "-framerate", "16", "-i", "-", "-c:v", "libx264", "-crf", str(crf)]
             run_ffmpeg([*raw, *encode, "-pix_fmt", "yuv420p", file], frames.tobytes())
             pixels = run_ffmpeg(["-i", file, *raw, "-"])
-        return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3)
+        return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3).copy()  # writable, for torch
 
     return distort
 
