@@ -17,7 +17,7 @@ CODE += [ROOT / "notebooks" / f"{name}.py" for name in ("diagrams", "explore", "
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
 
 # Wan 2.1: the model, the sampler, and the loading of three layouts; not the programs and files around it.
-WAN = "attention checkpoint config dit errors hashes layouts load pipeline prompts scheduler sizes tiling"
+WAN = "attention build checkpoint config dit errors hashes layouts load pipeline prompts scheduler sizes tiling"
 WAN += " tokenizer umt5 vae"
 
 # Words of this project's own for what has a standard term, and what takes their place.

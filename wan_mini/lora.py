@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from wan_mini.dit import WanDiT
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.json_file import parse_json
 
 TARGETS = "qkvo"  # the linear layers of a self-attention
 
@@ -188,7 +189,7 @@ def load_adapters(path: Path, base: Collection[str]) -> tuple[dict[str, Tensor],
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            settings = json.loads(metadata["settings"])
+            settings = parse_json(metadata["settings"], str(path))
             trained_beside = json.loads(metadata["base"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
     except (SafetensorError, KeyError) as problem:

@@ -11,7 +11,6 @@ from each of its first four, at every offset, and mirrored.
 Exit status: 0 the mark is there, 1 it was not found, 2 an error. Not found is no proof of another origin.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from wan_mini.config import TIME_STRIDE, latent_frames, latent_shape, valid_fram
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
+from wan_mini.json_file import parse_json
 from wan_mini.load import Wan, load_wan
 from wan_mini.prompts import encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, run
@@ -181,8 +181,8 @@ def read_claim(clip: Path) -> dict[str, Any]:
         texts.append(record.read_text(encoding="utf-8"))
     for text in texts:
         claim = {}
-        with suppress(ValueError, RecursionError, TypeError):
-            label = json.loads(text)
+        with suppress(ValueError, TypeError):
+            label = parse_json(text, str(clip))
             claim = {**label, **label.get("config", {}), **label.get("clip", {})}
         known = {name: claim[name] for name in CLAIMS if name in claim and _is_sound(name, claim[name])}
         if "seed" in known:

@@ -21,7 +21,7 @@ from torch import Tensor
 from wan_mini.config import token_grid
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.files import Unwritable, write_bytes, write_whole
-from wan_mini.json_file import read_json
+from wan_mini.json_file import parse_json, read_json
 from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import GENERATED, XMP, XMP_KEYWORD
@@ -147,11 +147,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-            settings = json.loads(file.metadata()["settings"])
-    except (SafetensorError, TypeError, KeyError, ValueError, RecursionError) as problem:
+            settings = parse_json(file.metadata()["settings"], str(path))
+    except (SafetensorError, TypeError, KeyError, ValueError) as problem:
         raise UserError(f"{path} holds no run's latents ({problem}): give the .safetensors file of a run") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no run's settings, got {type(settings).__name__}: give that of a run")
     return tensors, settings
 
 
