@@ -20,6 +20,7 @@ import losses
 import skip_optim
 import window
 from wan_mini import attention, checkpoint, dit, layouts, prompts, tiling, tokenizer, umt5, vae
+from wan_mini.attention import OneProcess
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
@@ -124,11 +125,13 @@ def test_unipc_loops_equal_the_official_sampler(unipc, schedule):
     assert all(error(a.float(), b) < 1e-5 for a, b in zip(path, data["trajectory"]))
 
 
+@twin("attention.OneProcess")
 @pytest.mark.parametrize("cfg", [0.0, 1.0, 5.8])
 def test_classifier_free_guidance(flow, cfg):
     def model(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return torch.tanh(x * text) + timestep / 1000
 
+    model.ranks = OneProcess()
     x, inputs = leaf(3, 4), (torch.tensor(800.0), *torch.randn(2, 4), cfg)
     same(flow.naive_guided(model, x, *inputs), guided_velocity(model, x, *inputs), [x])
 

@@ -263,7 +263,7 @@ def test_weights_are_regular_files(copy):
 )
 def test_what_is_no_safetensors_file_is_described(start, pattern, copy):
     (copy / DIT).write_bytes(start)
-    refuses(copy, f"{DIT} cannot be read, it is a {pattern}")
+    refuses(copy, f"{DIT} (cannot be read, it )?is a {pattern}")
 
 
 # Parts that do not fit one another
@@ -272,11 +272,6 @@ def test_what_is_no_safetensors_file_is_described(start, pattern, copy):
 @pytest.mark.parametrize(
     ("name", "shape", "pattern"),
     [
-        (
-            "patch_embedding.weight",
-            (48, 36, 1, 2, 2),
-            "the DiT takes 36 channels .*, the VAE has 16: .*image",
-        ),
         ("text_embedding.0.weight", (48, 32), "the DiT reads text of width 32, the encoder gives 16"),
     ],
 )

@@ -97,7 +97,7 @@ def row(*checks: Check) -> Check:
     """A list of as many items as there are checks, each as its own check wants."""
 
     def check_row(value: Any, where: str) -> None:
-        if not isinstance(value, list) or len(value) != len(checks):
+        if not isinstance(value, (list, tuple)) or len(value) != len(checks):
             _wrong(where, f"a list of {len(checks)} items", value)
         for check, item in zip(checks, value, strict=True):
             check(item, where)

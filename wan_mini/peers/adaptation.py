@@ -115,7 +115,7 @@ def train(wan: Wan, plan: Plan, caption: Tensor, config: FitConfig, training: Tr
     if save is not None:
         save_adapters(save, plan.parts, {**settings, "report": plan.report}, wan.hashes.values())
         fit.finish()
-    return {"gradients": len(log), "losses_by_level": loss_by_level(log), "losses": [entry["loss"] for entry in log]}
+    return {"gradients": len(log), "losses_by_level": loss_by_level(log), "losses": [[entry["loss"] for entry in log]]}
 
 
 def describe_training(wan: Wan, frames: np.ndarray, ref_prompt: str) -> dict[str, Any]:

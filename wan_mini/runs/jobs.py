@@ -43,7 +43,7 @@ def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Na
     if not args.jobs.is_file():
         raise MissingFile(f"{args.jobs} does not exist: give a file with a job in JSON on each line")
     lines = args.jobs.read_text(encoding="utf-8").splitlines()
-    store, processes = shared_store()
+    store, rank, processes = shared_store()
     while True:
         number = store.add("jobs/next", 1)  # 1, 2, ..., to one process each
         if number > len(lines):
@@ -57,9 +57,12 @@ def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Na
             if args.traceback:
                 print_exc()
             print(f"error: {args.jobs} line {number}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    wait_for_all(store, "jobs/ended", processes)
+    store.add("jobs/ended", 1)
+    wait_for(store, "jobs/ended", processes)
     failed = store.add("jobs/failed", 0)
-    wait_for_all(store, "jobs/read", processes)  # the first process holds the store
+    store.add("jobs/read", 1)
+    if rank == 0:
+        wait_for(store, "jobs/read", processes)  # the store ends with this process
     return int(failed > 0)
 
 
@@ -91,17 +94,14 @@ def words(name: str, value: Any) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def shared_store() -> tuple[dist.Store, int]:
-    """Numbers that all processes of torchrun share, and how many processes there are; or those of this one alone."""
+def shared_store() -> tuple[dist.Store, int, int]:
+    """Numbers that all processes of torchrun share, this one's rank and how many there are; or those of it alone."""
     if "RANK" not in os.environ:
-        return dist.HashStore(), 1
-    store, _, processes = next(dist.rendezvous("env://"))
-    return store, processes
+        return dist.HashStore(), 0, 1
+    return next(dist.rendezvous("env://"))
 
 
-def wait_for_all(store: dist.Store, name: str, processes: int) -> None:
-    """Return when every process has come here: torchrun ends all of them as soon as one fails."""
-    count = store.add(name, 1)
-    while count < processes:
+def wait_for(store: dist.Store, name: str, processes: int) -> None:
+    """Return when every process has counted itself: torchrun ends all of them as soon as one fails."""
+    while store.add(name, 0) < processes:
         time.sleep(POLL)
-        count = store.add(name, 0)

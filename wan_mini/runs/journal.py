@@ -39,7 +39,8 @@ class Journal:
         """Read the state if the file is there; writes: keep it there too. Raises UserError if it is of another run."""
         self.path = path
         self.settings = {name: value for name, value in settings.items() if name not in PATHS}
-        self.hashes = dict(hashes)
+        self.hashes = hashes  # of parts that are read when they work, they come later
+        self.begun_with: Mapping[str, str] = {}  # the hashes of the run that goes on
         self.writes = writes
         self.every = every
         self.step = 0
@@ -77,6 +78,7 @@ class Journal:
             self._write()
 
     def _write(self) -> None:
+        self._check_weights()
         if not self.writes:
             return
         try:
@@ -96,7 +98,8 @@ class Journal:
                     self.tensors[name] = file.get_tensor(name)
             self.step = metadata["step"]
             self.history = metadata["history"]
-            self._check("checkpoint", metadata["checkpoint_sha256"], self.hashes)
+            self.begun_with = metadata["checkpoint_sha256"]
+            self._check_weights()
             self._check("settings", metadata["settings"], json.loads(json.dumps(self.settings)))
         except (SafetensorError, TypeError, KeyError, ValueError) as problem:
             if isinstance(problem, UserError):
@@ -105,6 +108,11 @@ class Journal:
         for name, tensor in self.tensors.items():
             if tensor.dtype != torch.float32 or not tensor.isfinite().all():
                 raise UserError(f"{self.path} holds {name} of {tensor.dtype} that are no latents: start a new run")
+
+    def _check_weights(self) -> None:
+        """The weights read so far must be those that the run began with."""
+        read = {name: digest for name, digest in self.hashes.items() if self.begun_with}
+        self._check("checkpoint", {name: self.begun_with.get(name, "none") for name in read}, read)
 
     def _check(self, what: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         for name in sorted(saved.keys() | now.keys()):

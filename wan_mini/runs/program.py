@@ -111,7 +111,7 @@ def start(method: Method, args: Namespace, device: torch.device, ranks: OneProce
         name, parts, checkpoint = open_model(args.model)
         clip, config = method.load_preset(preset_folder(args.model, name), method.config)
         clip, config = apply_flags(args, clip, config)
-        if not args.dry_run:
+        if checkpoint is not None and not args.dry_run:
             dtype = fit_dtype(parts, dtype, device, offload=args.offload, named=args.dtype is not None)
         plans = partial(plan_memory, method, parts, clip, config, dtype)
         if args.dry_run:
