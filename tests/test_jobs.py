@@ -69,7 +69,7 @@ def test_every_kind_of_broken_line_is_named(flags, tmp_path, capsys, monkeypatch
     wanted += ["line 7: "]
     for line, part in zip(errors, wanted, strict=True):
         assert part in line, line
-    assert "already holds" in errors[-1] and "invalid int value" in errors[-2]
+    assert "already holds" in errors[-1] and "needs a seed from" in errors[-2]
     assert (tmp_path / "out" / "frame0000.png").exists() and not list((tmp_path / "other").glob("*.png"))
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["config"]["cfg"], record["config"]["steps"]) == (2.0, 2)

@@ -339,7 +339,7 @@ def test_files_of_others_are_left_alone(small, tmp_path, capsys):
 def test_every_signal_is_a_stop_that_says_how_to_go_on(small, whole, capsys, monkeypatch, number):
     out = small.out()
     with monkeypatch.context() as patch:
-        at_event(patch, round(0.5 * whole["events"]), lambda: os.kill(os.getpid(), number))
+        at_event(patch, round(0.5 * whole["events"]), lambda: signal.raise_signal(number))
         assert main(small.argv(out, "--unguided")) == 130
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == f"stopped; to go on: python fastvmt.py --resume {out}"

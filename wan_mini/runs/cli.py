@@ -47,10 +47,9 @@ def new_path(text: str) -> Path:
 
 def seed_number(text: str) -> int:
     """The seed of a random generator, as an argument's type."""
-    number = int(text)
-    if not -(2**63) <= number < 2**64:
+    if not re.fullmatch(r"[-+]?\d{1,20}", text) or not -(2**63) <= int(text) < 2**64:
         raise argparse.ArgumentTypeError(f"needs a seed from -2^63 to 2^64 - 1, got {text}")
-    return number
+    return int(text)
 
 
 class PlainOutput:
