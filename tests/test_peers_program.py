@@ -116,7 +116,7 @@ def test_a_run_is_the_steps_by_hand(program, base):
     expected, rebuilt, plan = by_hand(program, config)
     assert torch.equal(latents, expected)
     assert record["config"] == json.loads(json.dumps(asdict(config)))
-    assert record["gradients"] == 3 == len(record["losses"]) and record["recompute"] == "none"
+    assert record["gradients"] == 3 == len(record["losses"][0]) and record["recompute"] == "none"
     assert record["ref_prompt"] == "a cube" and record["labels"] == plan.report["labels"]
     assert record["losses_by_level"].keys() == {"spatial", "temporal"} and record["stages"]["fit"]["seconds"] > 0
     assert {"result.mp4", "result.webp"} & {path.name for path in folder.iterdir()}

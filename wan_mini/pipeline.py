@@ -156,9 +156,9 @@ def denoise(
             with timer("denoise"):
                 velocity = guided_velocity(dit, latents, timestep, text, negative_text, cfg)
                 latents = scheduler.step(index, latents, velocity)
-            check_finite(latents, index, steps)
-            if journal is not None:
-                journal.keep(index + 1, steps, latents, guidance)
+                check_finite(latents, index, steps)
+                if journal is not None:
+                    journal.keep(index + 1, steps, latents, guidance)
             bar.update()
     return latents
 

@@ -69,8 +69,9 @@ class RunFiles:
         if not self.writes:
             return
         tensors = {"latents": result.latents, **dict(zip(FLOWS, result.flows, strict=True))}
-        self.latents = save_latents(self.folder / LATENTS, tensors, self.settings)
-        self._write(self.record("started", result))
+        with self.timer("write"):
+            self.latents = save_latents(self.folder / LATENTS, tensors, self.settings)
+            self._write(self.record("started", result))
 
     def end(self, result: Transfer) -> None:
         """Write all costs; the states are no longer needed."""
