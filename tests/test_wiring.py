@@ -651,7 +651,7 @@ def test_the_stages_add_up_to_the_wall_clock(program, monkeypatch):
     shares = []
     while len(shares) < 5 and max(shares, default=0) < 0.95:
         start = time.perf_counter()
-        got = program.run(steps=20)
+        got = program.run(steps=50)
         wall = time.perf_counter() - start
         timer = timers.pop()
         written = sum(cost["seconds"] for cost in got.record["stages"].values())
