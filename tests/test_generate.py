@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from wan_mini import generate
-from wan_mini.attention import OneProcess
 from wan_mini.device.timing import StageTimer
 from wan_mini.errors import UserError
 from wan_mini.generate import program
@@ -84,7 +83,6 @@ def test_guidance_is_the_line_through_two_velocities():
     def dit(x, timestep, text):
         return text * timestep.reshape(1)
 
-    dit.ranks = OneProcess()
     t = torch.tensor(2.0)
     assert guided_velocity(dit, None, t, torch.tensor(5.0), torch.tensor(3.0), 6.0) == 6 + 6 * (10 - 6)
     assert guided_velocity(dit, None, t, torch.tensor(5.0), None, 1.0) == 10

@@ -20,7 +20,6 @@ import losses
 import skip_optim
 import window
 from wan_mini import attention, checkpoint, dit, layouts, prompts, tiling, tokenizer, umt5, vae
-from wan_mini.attention import OneProcess
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
 from wan_mini.pipeline import guided_velocity
@@ -131,7 +130,6 @@ def test_classifier_free_guidance(flow, cfg):
     def model(x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         return torch.tanh(x * text) + timestep / 1000
 
-    model.ranks = OneProcess()
     x, inputs = leaf(3, 4), (torch.tensor(800.0), *torch.randn(2, 4), cfg)
     same(flow.naive_guided(model, x, *inputs), guided_velocity(model, x, *inputs), [x])
 

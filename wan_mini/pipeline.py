@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wan_mini.attention import OneProcess
 from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_positive, check_range
@@ -116,7 +117,8 @@ def guided_velocity(
     timestep = timestep.reshape(1)  # () -> (1,)
     if cfg == 1:
         return dit(latents, timestep, text)
-    conditional, unconditional = dit.ranks.each(partial(dit, latents, timestep), [text, negative_text])
+    ranks = getattr(dit, "ranks", OneProcess())  # any function of these arguments will do, too
+    conditional, unconditional = ranks.each(partial(dit, latents, timestep), [text, negative_text])
     return unconditional + cfg * (conditional - unconditional)
 
 

@@ -71,9 +71,7 @@ def loss_plot(losses: list[list[float]]) -> str:
         return ""
     top = max(max(step) for step in losses) or 1.0
     marks = f'<path d="M40 40V160H560" fill="none" stroke="#888"/><text x="40" y="32">{top:.4g}</text>'
-    marks += (
-        f'<text x="40" y="188">{total} gradients, a line for each guided step or training, from 0</text>'
-    )
+    marks += f'<text x="40" y="188">{total} gradients, a line for each guided step or training, from 0</text>'
     number = 0
     for step in losses:
         points = ""
