@@ -43,15 +43,17 @@ class Job:
 
 def rate_factor(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then constant, then a linear fall to zero at the last step."""
-    fall = (1 - step / recipe.steps) / (1 - recipe.decay_from)
+    fall = (recipe.steps - step) / max(recipe.decay, 1)
     return min((step + 1) / recipe.warmup, 1.0, fall)
 
 
 def batch_at(step: int, recipe: Recipe) -> Batch:
     """What step number `step` is trained on."""
+    begin = 0
     for phase in recipe.phases:
-        if step < phase.until * recipe.steps:
-            return phase.batches[step % len(phase.batches)]
+        if step < begin + phase.steps:
+            return phase.batches[(step - begin) % len(phase.batches)]
+        begin += phase.steps
     raise ValueError(f"step {step} is behind the last phase of {recipe.steps} steps")
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wan_mini.config import TINY_VAE, VAEConfig, latent_shape
 from wan_mini.tiny.training import fast_vae
-from wan_mini.tiny.training.data import Pool, Sampler, workers
+from wan_mini.tiny.training.data import LENGTH, Pool, Sampler, workers
 from wan_mini.tiny.training.recipe import VAE, Batch, Recipe
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.world import FRAMES, KINDS, WIDTH, make_clip
@@ -127,7 +127,7 @@ def train_vae(job: Job, recipe: Recipe = VAE, config: VAEConfig = TINY_VAE) -> N
         vae = initialize(WanVAE(plain))
     sampler = Sampler(Pool(job.work / "data", None), recipe.streams)
     trainer = Trainer("vae", recipe, job, vae, sampler)
-    clips = held_out_clips(recipe.samples, 9)
+    clips = held_out_clips(recipe.samples, LENGTH)
 
     def loss_of(vae: WanVAE, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
         video = to_videos(np.stack([crop(item["frames"], batch, rng) for item in items]), job.device)
@@ -140,7 +140,7 @@ def train_vae(job: Job, recipe: Recipe = VAE, config: VAEConfig = TINY_VAE) -> N
         restored = restore(trainer.ema, clips, job.dtype)
         noisy = restore(trainer.ema, clips, job.dtype, NOISY)
         print(f"held out: {psnr(restored, clips):.2f} dB, with {NOISY} noise {psnr(noisy, clips):.2f} dB", flush=True)
-        rows = np.stack([clips, restored, noisy], axis=1)[:, :, ::4]  # three (n,9,H,W,3) -> (n,3,3,H,W,3)
+        rows = np.stack([clips, restored, noisy], axis=1)[:, :, ::8]  # three (n,17,H,W,3) -> (n,3,3,H,W,3)
         return rows.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3 * WIDTH, 3)  # -> (3nH,3W,3)
 
     with workers(job.workers, job.work / "data", recipe.streams, no_encoder):
