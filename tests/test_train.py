@@ -34,19 +34,19 @@ CPU = torch.device("cpu")
 VAE = VAEConfig(dim=4, num_res_blocks=1)
 DIT = DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=4, freq_dim=32, text_dim=16, text_len=40)
 TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
-COMMON = Recipe(steps=20, streams=(), phases=(), muon_lr=0.02, adam_lr=3e-3, text_lr=2e-3, warmup=2, ema=0.8, samples=1)
+COMMON = Recipe(streams=(), phases=(), muon_lr=0.02, adam_lr=3e-3, text_lr=2e-3, warmup=2, decay=6, ema=0.8, samples=1)
 RECIPES = {
     "vae": replace(
         COMMON,
         streams=(Stream("frames", items=2, window=2, reuse=8),),
-        phases=(Phase(0.7, (Batch("frames", 1, 4, 32, 32),)), Phase(1.0, (Batch("frames", 5, 2, 32, 32),))),
+        phases=(Phase(14, (Batch("frames", 1, 4, 32, 32),)), Phase(6, (Batch("frames", 5, 2, 32, 32),))),
         statistics=4,
         noise=0.3,
     ),
     "dit": replace(
         COMMON,
         streams=(Stream("pictures", items=8, window=1, reuse=4), Stream("clips", items=2, window=1, reuse=8)),
-        phases=(Phase(0.5, (Batch("pictures", 1, 4),)), Phase(1.0, (Batch("pictures", 1, 4), Batch("clips", 3, 2)))),
+        phases=(Phase(10, (Batch("pictures", 1, 4),)), Phase(10, (Batch("pictures", 1, 4), Batch("clips", 3, 2)))),
         matching=0.1,
         matched=1,
         captions=200,
@@ -223,7 +223,7 @@ def test_noise_levels_are_uniform_before_the_shift():
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
-    steps = replace(COMMON, steps=1000, warmup=100, decay_from=0.6)
+    steps = replace(COMMON, phases=(Phase(1000, ()),), warmup=100, decay=400)
     factors = [trainer.rate_factor(step, steps) for step in range(1001)]
     assert factors[0] == pytest.approx(0.01) and factors[99] == factors[600] == 1 and factors[1000] == 0
     assert factors[800] == pytest.approx(0.5)
