@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from torch import nn
 from fastvmt import MotionConfig
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import Block, WanDiT
+from wan_mini.hashes import sha256_file
 from wan_mini.load import load_vae, load_wan
 from wan_mini.runs.cli import run
 from wan_mini.runs.request import load_preset
@@ -31,6 +33,7 @@ from wan_mini.umt5 import UMT5Encoder
 from wan_mini.vae import WanVAE
 
 CPU = torch.device("cpu")
+ATTRIBUTES = {"color_ok", "background_ok", "shape_ok"}
 VAE = VAEConfig(dim=4, num_res_blocks=1)
 DIT = DiTConfig(dim=24, ffn_dim=48, num_heads=2, num_layers=4, freq_dim=32, text_dim=16, text_len=40)
 TEXT = UMT5Config(vocab=256, dim=16, dim_attn=16, dim_ffn=32, num_heads=2, num_layers=1)
@@ -120,6 +123,23 @@ def test_pauses_change_no_bit(whole, tmp_path, monkeypatch, stage):
 def test_other_settings_do_not_go_on(whole):
     with pytest.raises(ValueError, match="use these, or another --work"):
         TRAIN["vae"](make_job(whole, seed=1))
+
+
+def test_the_record_says_how_the_checkpoint_was_made(whole):
+    folder = whole / "checkpoint"
+    stages = json.loads((folder / "training.json").read_text())
+    assert list(stages) == ["vae", "dit"]
+    for name, facts in stages.items():
+        assert facts["command"] == f"python -m wan_mini.tiny.training {name} --seed 0"
+        assert facts["steps"] == 20 and facts["recipe"]["decay"] == 6
+        losses = [entry["loss"] for entry in state(whole, name)["losses"]]
+        assert facts["losses of the first 200 steps"] == pytest.approx(losses, abs=1e-5)
+    assert "PSNR of 3 held-out clips, dB" in stages["vae"] and stages["dit"]["pictures"].keys() == ATTRIBUTES
+    rows = re.findall(r"^\| (\S+) \| (\d+) \| `(\w{64})` \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    files = {path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
+    assert {folder / name for name, _, _ in rows} == files
+    for name, size, digest in rows:
+        assert (int(size), digest) == ((folder / name).stat().st_size, sha256_file(folder / name))
 
 
 def test_the_checkpoint_is_the_average_in_float16(whole):

@@ -23,6 +23,7 @@ from wan_mini.tiny.training.grammar import casual, encode_text, grammar_tokenize
 from wan_mini.tiny.training.matching import matching_loss
 from wan_mini.tiny.training.probe import Probe
 from wan_mini.tiny.training.recipe import BLOCK, DIT, EMPTY, SHIFT, TAU, Batch, Recipe
+from wan_mini.tiny.training.record import record
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.training.vae import VAE_FILE, normal, to_videos
 from wan_mini.tiny.world import make_clip
@@ -159,6 +160,7 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
     with workers(job.workers, job.work / "data", recipe.streams, make_encoder):
         trainer.run(loss_of, draw_samples)
     store(wan, tokenizer_file, job.folder)
+    record(trainer, probe.figures)
 
 
 def store(wan: Wan, tokenizer: Path, folder: Path) -> None:

@@ -13,6 +13,7 @@ from wan_mini.config import TINY_VAE, VAEConfig, latent_shape
 from wan_mini.tiny.training import fast_vae
 from wan_mini.tiny.training.data import LENGTH, Pool, Sampler, workers
 from wan_mini.tiny.training.recipe import VAE, Batch, Recipe
+from wan_mini.tiny.training.record import record
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.world import FRAMES, KINDS, WIDTH, make_clip
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
@@ -145,12 +146,12 @@ def train_vae(job: Job, recipe: Recipe = VAE, config: VAEConfig = TINY_VAE) -> N
 
     with workers(job.workers, job.work / "data", recipe.streams, no_encoder):
         trainer.run(loss_of, draw_samples)
-    store_vae(trainer.ema, job, recipe, config)
+    record(trainer, store_vae(trainer.ema, job, recipe, config))
 
 
 @torch.no_grad()
-def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> None:
-    """Round the weights to float16, measure the latents of training clips, and write the file and its figures."""
+def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> Figures:
+    """Round the weights to float16, measure the latents of training clips, and write the file; PSNR in dB."""
     vae = vae.half().float()
     latents = []
     for seed in range(recipe.statistics):
@@ -163,7 +164,8 @@ def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> None:
     clips = held_out_clips(3 * recipe.samples)
     clean = psnr(restore(vae, clips, torch.float32), clips)
     noisy = psnr(restore(vae, clips, torch.float32, NOISY), clips)
-    print(f"VAE, {len(clips)} held-out clips: {clean:.2f} dB, with {NOISY} of noise on the latents {noisy:.2f} dB")
     job.folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.cpu().half().contiguous() for key, tensor in vae.state_dict().items()}
     save_file(tensors, job.folder / VAE_FILE, {"config": json.dumps(asdict(vae.config))})
+    name = f"PSNR of {len(clips)} held-out clips, dB"
+    return {name: round(clean, 2), f"{name}, with {NOISY} of noise on the latents": round(noisy, 2)}
