@@ -34,13 +34,12 @@ class Stream:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage is trained. Rates are Muon's for matrices, Adam's for the rest, Adam's for the text encoder."""
+    """How one stage is trained. Rates are Muon's for matrices, Adam's for the rest."""
 
     streams: tuple[Stream, ...]
     phases: tuple[Phase, ...]
     muon_lr: float
     adam_lr: float
-    text_lr: float = 0.0
     warmup: int = 100  # steps
     decay: int = 0  # the last so many steps, in which the rates fall linearly to zero
     ema: float = 0.999
@@ -72,7 +71,7 @@ VAE = Recipe(
     noise=0.3,
 )
 
-_PICTURES = Batch("pictures", 1, 64)
+_PICTURES = Batch("pictures", 1, 32)
 _SHORT = Batch("clips", 3, 16)
 _LONG = Batch("clips", 9, 6)
 DIT = Recipe(
@@ -81,13 +80,12 @@ DIT = Recipe(
         Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
     ),
     phases=(
-        Phase(1280, (_PICTURES,)),
-        Phase(640, (_PICTURES, _SHORT)),
-        Phase(14080, (_PICTURES, _LONG, _SHORT, _LONG)),
+        Phase(2000, (_PICTURES,)),
+        Phase(1000, (_PICTURES, _SHORT)),
+        Phase(13000, (_PICTURES, _LONG, _SHORT, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
-    text_lr=2e-3,
     decay=4800,
     matching=0.1,
     samples=8,

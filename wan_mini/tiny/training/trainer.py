@@ -171,19 +171,10 @@ class Trainer:
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> tuple[Muon, torch.optim.Adam]:
-    """Muon for matrices, Adam for the rest and for the text encoder; each group keeps its rate as `peak_lr`.
-
-    The text encoder's queries and keys have neither norm nor scale: under Muon their logits grow without end.
-    """
-    text = list(getattr(model, "text", nn.Module()).parameters())
-    in_text = {id(parameter) for parameter in text}
+    """Muon for matrices, Adam for the rest; each group keeps its rate as `peak_lr`."""
     matrices, rest = split_parameters(model)
-    matrices = [parameter for parameter in matrices if id(parameter) not in in_text]
-    rest = [parameter for parameter in rest if id(parameter) not in in_text]
-    groups = [{"params": rest, "lr": recipe.adam_lr}]
-    if text:
-        groups.append({"params": text, "lr": recipe.text_lr})
-    optimizers = (Muon(matrices, recipe.muon_lr, dtype), torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=True))
+    adam = torch.optim.Adam(rest, lr=recipe.adam_lr, betas=(0.9, 0.99), foreach=True)
+    optimizers = (Muon(matrices, recipe.muon_lr, dtype), adam)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
