@@ -81,8 +81,9 @@ DIT = Recipe(
     ),
     phases=(
         Phase(2000, (_PICTURES,)),
-        Phase(1000, (_PICTURES, _SHORT)),
-        Phase(13000, (_PICTURES, _LONG, _SHORT, _LONG)),
+        Phase(600, (_PICTURES, _SHORT)),
+        Phase(6000, (*[_PICTURES] * 7, _SHORT)),  # a picture teaches as much of shapes as a clip does
+        Phase(7400, (_PICTURES, _LONG, _SHORT, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
