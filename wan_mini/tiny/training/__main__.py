@@ -1,7 +1,7 @@
 """python -m wan_mini.tiny.training STAGE: train the tiny Wan from a seed to a checkpoint, in two stages.
 
     vae    the VAE, on crops of fresh clips
-    dit    DiT and text encoder together, by flow matching on the latents of fresh pictures and clips
+    dit    DiT, by flow matching on the latents of fresh pictures and clips
     all    one after the other
 
 The same command again goes on where the last one stopped.

@@ -1,4 +1,9 @@
-"""Stage dit: the transformer and the text encoder, trained together by flow matching on the VAE's latents."""
+"""Stage dit: the transformer, trained by flow matching on the VAE's latents.
+
+As for Wan 2.1, the text encoder is frozen. This one is random: its vectors tell words apart, and a token's vector holds
+something of the tokens around it. Trained together with the transformer, it would make the words for shapes alike
+before the transformer has learned what they mean.
+"""
 
 import json
 from copy import deepcopy
@@ -9,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.random import Generator
-from torch import Tensor, nn
+from torch import Tensor
 
 from wan_mini.config import TINY, TINY_UMT5, DiTConfig, UMT5Config
 from wan_mini.device.select import pick_dtype
@@ -19,10 +24,11 @@ from wan_mini.load import Wan, load_vae, save_wan
 from wan_mini.scheduler import shift_sigma
 from wan_mini.tiny.training import fast_dit, fast_vae
 from wan_mini.tiny.training.data import Encoder, Pool, Sampler, workers
-from wan_mini.tiny.training.grammar import casual, encode_text, grammar_tokenizer, token_table
+from wan_mini.tiny.training.grammar import casual, grammar_tokenizer
 from wan_mini.tiny.training.matching import matching_loss
-from wan_mini.tiny.training.probe import Probe
+from wan_mini.tiny.training.probe import Probe, text_of
 from wan_mini.tiny.training.recipe import BLOCK, DIT, EMPTY, SHIFT, TAU, Batch, Recipe
+from wan_mini.tiny.training.record import record
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.training.vae import VAE_FILE, normal, to_videos
 from wan_mini.tiny.world import make_clip
@@ -38,7 +44,7 @@ class Example:
     clean: Tensor  # (B,16,F,h,w)
     noise: Tensor  # (B,16,F,h,w)
     sigma: Tensor  # (B,) in [0,1]
-    ids: Tensor  # (B,L) of the prompts, 0 for padding
+    text: Tensor  # (B,L,C) vectors of the prompts, 0 for padding
     positions: Tensor | None = None  # (n,F,S,F,2), true, of the first n clips, for the matching loss
 
 
@@ -51,20 +57,16 @@ def sample_sigma(rng: Generator, batch: int, shift: float = SHIFT) -> Tensor:
     return shift_sigma(torch.from_numpy(u), shift).float()
 
 
-def flow_loss(
-    model: nn.ModuleDict, example: Example, dtype: torch.dtype, weight: float = 0.0
-) -> tuple[Tensor, Figures]:
+def flow_loss(dit: WanDiT, example: Example, dtype: torch.dtype, weight: float = 0.0) -> tuple[Tensor, Figures]:
     """Squared error of the velocity noise - clean, plus `weight` times the matching loss of one block.
 
     Returns the loss and its parts. Source: rectified flow (arXiv 2209.03003); Wan technical report (arXiv 2503.20314),
     section 4.2.
     """
-    dit: WanDiT = model["dit"]  # type: ignore[assignment]
     clean = example.clean
     level = example.sigma.to(clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
     noisy = (1 - level) * clean + level * example.noise
-    text = encode_text(model["text"], example.ids.to(clean.device))  # type: ignore[arg-type]
-    run = partial(fast_dit.velocity, dit, noisy, 1000 * example.sigma, text, dtype)
+    run = partial(fast_dit.velocity, dit, noisy, 1000 * example.sigma, example.text, dtype)
     target = example.noise - clean
     if example.positions is None or weight == 0:
         velocity, _ = run()
@@ -116,22 +118,22 @@ def draw_prompts(rng: Generator, captions: list[str], dropout: float) -> list[st
     return prompts
 
 
-def make_example(items: Items, batch: Batch, rng: Generator, tokenizer: Tokenizer, recipe: Recipe, job: Job) -> Example:
+def make_example(items: Items, batch: Batch, rng: Generator, wan: Wan, recipe: Recipe, device: torch.device) -> Example:
     """Items of a stream of latents, with noise and prompts."""
     latents = np.stack([item["latents"][:, : batch.frames] for item in items]).astype(np.float32)
-    clean = torch.from_numpy(latents).to(job.device)
+    clean = torch.from_numpy(latents).to(device)
     prompts = draw_prompts(rng, [str(item["caption"]) for item in items], recipe.dropout)
     sigma = sample_sigma(rng, len(items))
     noise = normal(rng, clean)
     positions = None
     if "positions" in items[0]:
         true = [item["positions"][: batch.frames, :, : batch.frames] for item in items[: recipe.matched]]
-        positions = torch.from_numpy(np.stack(true).astype(np.float32)).to(job.device)
-    return Example(clean, noise, sigma, token_table(tokenizer, prompts), positions)
+        positions = torch.from_numpy(np.stack(true).astype(np.float32)).to(device)
+    return Example(clean, noise, sigma, text_of(wan, prompts), positions)
 
 
 def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
-    """Train DiT and text encoder; complete the checkpoint folder. Raises MissingFile without a VAE."""
+    """Train the DiT; complete the checkpoint folder. Raises MissingFile without a VAE."""
     file = job.folder / VAE_FILE
     if not file.exists():
         raise MissingFile(f"{file} does not exist: run the stage vae with the same --folder first")
@@ -141,16 +143,17 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
     tokenizer = make_tokenizer(tokenizer_file, recipe.captions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        model = nn.ModuleDict({"dit": WanDiT(config), "text": UMT5Encoder(text)})
+        dit = WanDiT(config)
+        text_encoder = UMT5Encoder(text).half().float()  # as it is stored
     encode = make_encoder()
-    trainer = Trainer("dit", recipe, job, model, Sampler(Pool(job.work / "data", encode), recipe.streams))
+    trainer = Trainer("dit", recipe, job, dit, Sampler(Pool(job.work / "data", encode), recipe.streams))
     vae = load_vae(file, device=job.device, dtype=torch.float32)
-    wan = Wan(trainer.ema["dit"], vae, trainer.ema["text"], tokenizer, "tiny")
+    wan = Wan(trainer.ema, vae, text_encoder.requires_grad_(False).to(job.device), tokenizer, "tiny")
     probe = Probe(recipe.samples, job.dtype, encode, job.work / "curve.jsonl")
 
-    def loss_of(model: nn.ModuleDict, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
-        example = make_example(items, batch, rng, tokenizer, recipe, job)
-        return flow_loss(model, example, job.dtype, recipe.matching)
+    def loss_of(dit: WanDiT, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
+        example = make_example(items, batch, rng, wan, recipe, job.device)
+        return flow_loss(dit, example, job.dtype, recipe.matching)
 
     def draw_samples() -> np.ndarray:
         store(wan, tokenizer_file, job.folder)
@@ -159,6 +162,7 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
     with workers(job.workers, job.work / "data", recipe.streams, make_encoder):
         trainer.run(loss_of, draw_samples)
     store(wan, tokenizer_file, job.folder)
+    record(trainer, probe.figures)
 
 
 def store(wan: Wan, tokenizer: Path, folder: Path) -> None:

@@ -56,6 +56,7 @@ class Probe:
             kind = "several" if 6 * number >= 15 * count else "single"  # a sixth shows several objects
             self.scenes.append(make_clip(UNSEEN + number, kind, frames=[16]))
         self.held_out = held_out_scenes(count)
+        self.figures: dict[str, Any] = {}  # the last ones
 
     @torch.no_grad()
     def report(self, wan: Wan, step: int) -> np.ndarray:
@@ -66,7 +67,7 @@ class Probe:
         known = len(self.scenes)
         some = self.clips[:SAMPLED_CLIPS]
         clips = sample(wan, [clip.caption for clip in some], self.latents.shape[2], CLIP_STEPS, self.dtype)
-        figures = {
+        self.figures = {
             "step": step,
             "pictures": shares(attributes[:known]),
             "held-out pairs": shares(attributes[known:]),
@@ -74,7 +75,7 @@ class Probe:
             "matching": matching_shares(wan.dit, self.latents.to(wan.device), self.positions.to(wan.device)),
             "clips": [shown(video[::8], clip) for video, clip in zip(clips, some, strict=True)],
         }
-        line = json.dumps(figures)
+        line = json.dumps(self.figures)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         print(line, flush=True)

@@ -16,9 +16,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Phase:
-    """Batches in rotation, one a step, until this share of all steps is done."""
+    """Batches in rotation, one a step, for so many steps."""
 
-    until: float
+    steps: int
     batches: tuple[Batch, ...]
 
 
@@ -34,16 +34,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one stage is trained. Rates are Muon's for matrices, Adam's for the rest, Adam's for the text encoder."""
+    """How one stage is trained. Rates are Muon's for matrices, Adam's for the rest."""
 
-    steps: int
     streams: tuple[Stream, ...]
     phases: tuple[Phase, ...]
     muon_lr: float
     adam_lr: float
-    text_lr: float = 0.0
     warmup: int = 100  # steps
-    decay_from: float = 0.7  # share of the steps after which the rates fall linearly to zero
+    decay: int = 0  # the last so many steps, in which the rates fall linearly to zero
     ema: float = 0.999
     statistics: int = 64  # VAE: training clips that the latents' mean and std are measured on
     noise: float = 0.0  # VAE: latents get noise of 0 to this many standard deviations
@@ -53,38 +51,43 @@ class Recipe:
     matched: int = 2  # DiT: how many clips of a batch the matching loss is computed on, as it is slow
     samples: int = 4  # clips that each save is judged by; DiT: also 4 times as many pictures; VAE: 3 times at its end
 
+    @property
+    def steps(self) -> int:
+        """Steps of all phases."""
+        return sum(phase.steps for phase in self.phases)
+
 
 VAE = Recipe(
-    steps=6000,
     streams=(Stream("frames", items=16, window=12, reuse=16),),  # clips of 17 frames, as pixels: several crops of each
     phases=(
-        Phase(0.5, (Batch("frames", 1, 16, 64, 64),)),
-        Phase(0.95, (Batch("frames", 5, 8, 64, 64),)),
-        Phase(1.0, (Batch("frames", 9, 1),)),  # whole frames: the attention in the middle looks at all positions
+        Phase(2000, (Batch("frames", 1, 16, 64, 64),)),
+        Phase(600, (Batch("frames", 5, 8, 64, 64),)),
+        Phase(1900, (Batch("frames", 17, 3, 64, 64),)),  # a decoder that only saw 5 frames loses 6 dB on 33
+        Phase(200, (Batch("frames", 17, 1),)),  # whole frames: the attention in the middle looks at all positions
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
-    decay_from=0.3,
+    decay=3000,
     noise=0.3,
 )
 
-_PICTURES = Batch("pictures", 1, 64)
+_PICTURES = Batch("pictures", 1, 32)
 _SHORT = Batch("clips", 3, 16)
 _LONG = Batch("clips", 9, 6)
 DIT = Recipe(
-    steps=16000,
     streams=(
         Stream("pictures", items=256, window=24, reuse=3),  # latents of single frames
         Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
     ),
     phases=(
-        Phase(0.08, (_PICTURES,)),
-        Phase(0.12, (_PICTURES, _SHORT)),
-        Phase(1.0, (_PICTURES, _LONG, _SHORT, _LONG)),
+        Phase(2000, (_PICTURES,)),
+        Phase(600, (_PICTURES, _SHORT)),
+        Phase(6000, (*[_PICTURES] * 7, _SHORT)),  # a picture teaches as much of shapes as a clip does
+        Phase(7400, (_PICTURES, _LONG, _SHORT, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
-    text_lr=2e-3,
+    decay=4800,
     matching=0.1,
     samples=8,
 )

@@ -43,15 +43,17 @@ class Job:
 
 def rate_factor(step: int, recipe: Recipe) -> float:
     """Linear warm-up, then constant, then a linear fall to zero at the last step."""
-    fall = (1 - step / recipe.steps) / (1 - recipe.decay_from)
+    fall = (recipe.steps - step) / max(recipe.decay, 1)
     return min((step + 1) / recipe.warmup, 1.0, fall)
 
 
 def batch_at(step: int, recipe: Recipe) -> Batch:
     """What step number `step` is trained on."""
+    begin = 0
     for phase in recipe.phases:
-        if step < phase.until * recipe.steps:
-            return phase.batches[step % len(phase.batches)]
+        if step < begin + phase.steps:
+            return phase.batches[(step - begin) % len(phase.batches)]
+        begin += phase.steps
     raise ValueError(f"step {step} comes after the last phase of {recipe.steps} steps")
 
 
@@ -169,19 +171,10 @@ class Trainer:
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> tuple[Muon, torch.optim.Adam]:
-    """Muon for matrices, Adam for the rest and for the text encoder; each group keeps its rate as `peak_lr`.
-
-    The text encoder's queries and keys have neither norm nor scale: under Muon their logits grow without end.
-    """
-    text = list(getattr(model, "text", nn.Module()).parameters())
-    in_text = {id(parameter) for parameter in text}
+    """Muon for matrices, Adam for the rest; each group keeps its rate as `peak_lr`."""
     matrices, rest = split_parameters(model)
-    matrices = [parameter for parameter in matrices if id(parameter) not in in_text]
-    rest = [parameter for parameter in rest if id(parameter) not in in_text]
-    groups = [{"params": rest, "lr": recipe.adam_lr}]
-    if text:
-        groups.append({"params": text, "lr": recipe.text_lr})
-    optimizers = (Muon(matrices, recipe.muon_lr, dtype), torch.optim.Adam(groups, betas=(0.9, 0.99), foreach=True))
+    adam = torch.optim.Adam(rest, lr=recipe.adam_lr, betas=(0.9, 0.99), foreach=True)
+    optimizers = (Muon(matrices, recipe.muon_lr, dtype), adam)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]

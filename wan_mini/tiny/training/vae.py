@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from wan_mini.config import TINY_VAE, VAEConfig, latent_shape
 from wan_mini.tiny.training import fast_vae
-from wan_mini.tiny.training.data import Pool, Sampler, workers
+from wan_mini.tiny.training.data import LENGTH, Pool, Sampler, workers
 from wan_mini.tiny.training.recipe import VAE, Batch, Recipe
+from wan_mini.tiny.training.record import record
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.world import FRAMES, KINDS, WIDTH, make_clip
 from wan_mini.vae import AttentionBlock, CausalConv3d, ResidualBlock, WanVAE
@@ -127,7 +128,7 @@ def train_vae(job: Job, recipe: Recipe = VAE, config: VAEConfig = TINY_VAE) -> N
         vae = initialize(WanVAE(plain))
     sampler = Sampler(Pool(job.work / "data", None), recipe.streams)
     trainer = Trainer("vae", recipe, job, vae, sampler)
-    clips = held_out_clips(recipe.samples, 9)
+    clips = held_out_clips(recipe.samples, LENGTH)
 
     def loss_of(vae: WanVAE, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
         video = to_videos(np.stack([crop(item["frames"], batch, rng) for item in items]), job.device)
@@ -140,17 +141,17 @@ def train_vae(job: Job, recipe: Recipe = VAE, config: VAEConfig = TINY_VAE) -> N
         restored = restore(trainer.ema, clips, job.dtype)
         noisy = restore(trainer.ema, clips, job.dtype, NOISY)
         print(f"held out: {psnr(restored, clips):.2f} dB, with {NOISY} noise {psnr(noisy, clips):.2f} dB", flush=True)
-        rows = np.stack([clips, restored, noisy], axis=1)[:, :, ::4]  # three (n,9,H,W,3) -> (n,3,3,H,W,3)
+        rows = np.stack([clips, restored, noisy], axis=1)[:, :, ::8]  # three (n,17,H,W,3) -> (n,3,3,H,W,3)
         return rows.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 3 * WIDTH, 3)  # -> (3nH,3W,3)
 
     with workers(job.workers, job.work / "data", recipe.streams, no_encoder):
         trainer.run(loss_of, draw_samples)
-    store_vae(trainer.ema, job, recipe, config)
+    record(trainer, store_vae(trainer.ema, job, recipe, config))
 
 
 @torch.no_grad()
-def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> None:
-    """Round the weights to float16, measure the latents of training clips, and write the file and its figures."""
+def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> Figures:
+    """Round the weights to float16, measure the latents of training clips, and write the file; PSNR in dB."""
     vae = vae.half().float()
     latents = []
     for seed in range(recipe.statistics):
@@ -163,7 +164,8 @@ def store_vae(vae: WanVAE, job: Job, recipe: Recipe, config: VAEConfig) -> None:
     clips = held_out_clips(3 * recipe.samples)
     clean = psnr(restore(vae, clips, torch.float32), clips)
     noisy = psnr(restore(vae, clips, torch.float32, NOISY), clips)
-    print(f"VAE, {len(clips)} held-out clips: {clean:.2f} dB, with {NOISY} of noise on the latents {noisy:.2f} dB")
     job.folder.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.cpu().half().contiguous() for key, tensor in vae.state_dict().items()}
     save_file(tensors, job.folder / VAE_FILE, {"config": json.dumps(asdict(vae.config))})
+    name = f"PSNR of {len(clips)} held-out clips, dB"
+    return {name: round(clean, 2), f"{name}, with {NOISY} of noise on the latents": round(noisy, 2)}

@@ -17,7 +17,8 @@ ARM_SIZE = 19.0
 LEG_SIZE = 15.0
 BODY_REACH = 24.0  # no body of that radius reaches further from its center: what a tracker sees there is limb
 BODY_HEIGHT = 14.0  # of a body's center above the joint of its limb
-OBJECT_MARGIN = 24.0
+SINGLE_MARGIN = 24.0
+SEVERAL_MARGIN = 24.0
 CAMERA_MARGIN = 32.0
 LIMB_MARGIN = 42.0
 

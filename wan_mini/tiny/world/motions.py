@@ -132,13 +132,15 @@ def _move_objects(rng: Generator, objects: Objects) -> Motion:
     if len(objects) == 1:
         share = c.SINGLE_SHARE
         size = rng.uniform(*c.SINGLE_SIZE)
+        margin = c.SINGLE_MARGIN
     else:
         share = c.SEVERAL_SHARE
         size = rng.uniform(*c.SEVERAL_SIZE)
+        margin = c.SEVERAL_MARGIN
     paths: list[tuple[str, Pose]] = []
     widest = -1.0
     for _ in range(c.TRIES):
-        candidate = [_draw_path(rng, c.OBJECT_MARGIN, share) for _ in objects]
+        candidate = [_draw_path(rng, margin, share) for _ in objects]
         distance = _clearance([pose for _, pose in candidate])
         if distance > widest:
             paths = candidate
