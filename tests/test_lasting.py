@@ -335,8 +335,20 @@ def test_files_of_others_are_left_alone(small, tmp_path, capsys):
 # Stops and logs.
 
 
+@pytest.fixture
+def heeded():
+    """Signals as a terminal's programs get them, also where these tests run in the background or under nohup."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_every_signal_is_a_stop_that_says_how_to_go_on(small, whole, capsys, monkeypatch, number):
+def test_every_signal_is_a_stop_that_says_how_to_go_on(small, whole, capsys, monkeypatch, heeded, number):
     out = small.out()
     with monkeypatch.context() as patch:
         at_event(patch, round(0.5 * whole["events"]), lambda: signal.raise_signal(number))
