@@ -1,6 +1,7 @@
 """The functions that students write: each is compared with the right answer, and typical wrong ones are named."""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ class Check:
 
     def __call__(self, fn: Callable) -> Callable:
         try:
-            results = [fn(*case) for case in self.cases]
+            results = [fn(*deepcopy(case)) for case in self.cases]  # a function may change what it gets
         except NotImplementedError:
             print(f"{fn.__name__} is still to be written. The notebook goes on with the course's version.")
             return self.answer
@@ -37,19 +38,24 @@ class Check:
         for diagnosis, mistake in self.mistakes.items():
             if self.same(results, mistake):
                 raise WrongAnswer(f"not yet: {diagnosis}")
-        target = self.answer(*self.cases[0])
-        raise WrongAnswer(f"not yet: for {self.cases[0]} the result is {results[0]}, it should be {target}")
+        for case, result in zip(self.cases, results):
+            target = self.answer(*case)
+            if not equal(result, target):
+                raise WrongAnswer(f"not yet: for {case} the result is {result}, it should be {target}")
+        raise WrongAnswer("not yet: the result is another one each time")
 
     def same(self, results: Sequence[Any], function: Callable) -> bool:
         """Whether a function gives these results for the cases."""
-        for result, case in zip(results, self.cases):
-            if result is None:  # the function has no return
-                return False
-            found = torch.as_tensor(result)
-            target = torch.as_tensor(function(*case))
-            if found.shape != target.shape or not torch.allclose(found.double(), target.double(), atol=1e-5):
-                return False
-        return True
+        return all(equal(result, function(*case)) for result, case in zip(results, self.cases))
+
+
+def equal(result: Any, target: Any) -> bool:
+    """Whether two numbers or tensors have one shape and the same values, to 1e-5; None equals nothing."""
+    if result is None:  # the function has no return
+        return False
+    first = torch.as_tensor(result).double()
+    second = torch.as_tensor(target).double()
+    return first.shape == second.shape and torch.allclose(first, second, atol=1e-5)
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -197,13 +203,19 @@ def window_start(center: int, window: int, size: int) -> int:
 
 check_07 = Check(
     window_start,
-    [(4, 3, 8), (0, 5, 8), (7, 5, 8), (7, 4, 8), (2, 9, 8)],
+    [(4, 3, 8), (0, 5, 8), (7, 5, 8), (4, 4, 8), (7, 4, 8), (2, 9, 8)],
     {
         "near the border this window hangs out of the frame. Shift it inside": (
             lambda center, window, size: center - min(window, size) // 2
         ),
         "the window is shifted at the first border only. The last row must be inside, too": (
             lambda center, window, size: max(center - min(window, size) // 2, 0)
+        ),
+        "a window that is larger than the frame must be cut to its size first": (
+            lambda center, window, size: min(max(center - window // 2, 0), size - window)
+        ),
+        "with an even side the window reaches one row further up than down": (
+            lambda center, window, size: min(max(center - (min(window, size) - 1) // 2, 0), size - min(window, size))
         ),
         "the window begins at the center. It should lie around it": (
             lambda center, window, size: min(max(center, 0), size - min(window, size))

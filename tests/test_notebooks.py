@@ -156,7 +156,7 @@ def test_wrong_answers_fail_by_name(path, mistake):
     written = re.search(r"^def (\w+)\(", definition, re.M)[1]
     with pytest.raises(checks.WrongAnswer) as error:
         exec(last_line, {written: check.mistakes[mistake], f"check_{path.stem[:2]}": check})
-    assert len(check.mistakes) == 3
+    assert len(check.mistakes) >= 3
     assert str(error.value) == f"not yet: {mistake}"
 
 
