@@ -368,6 +368,8 @@ def _(program, base, monkeypatch, capsys):
     assert (got.record["label"], base.record["label"]) == ("made by a", "")
     pictures = np.stack([np.asarray(Image.open(path)) for path in sorted(got.folder.glob("*.png"))])
     assert np.array_equal(pictures, with_label(decode(program.wan.vae, got.latents), "made by a"))
+    previews = [np.asarray(Image.open(run.folder / "preview.webp").convert("RGB")) for run in (got, base)]
+    assert not np.array_equal(*previews)
     assert program.run("--label").record["label"] == "AI-generated"
     again = program.place / "labeled again"
     again.mkdir()

@@ -31,6 +31,7 @@ from wan_mini.runs.folder import (
     write_record,
     write_result,
 )
+from wan_mini.runs.label import with_label
 from wan_mini.runs.provenance import sha256_clip
 from wan_mini.runs.record import old_record
 from wan_mini.runs.report import write_report
@@ -112,6 +113,7 @@ def finish(args: Namespace) -> None:
         if args.out is not None:
             remove_empty_run(folder)
         raise
+    frames = with_label(frames, str(settings.get("label", "")))
     written = [write_result(folder, frames, settings, png=args.png)]
     panels: dict[str, Panel] = {}
     if reference is not None:

@@ -38,6 +38,7 @@ from wan_mini.runs.folder import (
     write_result,
 )
 from wan_mini.runs.jobs import run_jobs
+from wan_mini.runs.label import with_label
 from wan_mini.runs.provenance import GENERATED, sha256_clip, versions
 from wan_mini.runs.record import RunFiles
 from wan_mini.runs.report import write_report
@@ -192,7 +193,8 @@ def run_to_files(method: Method, request: Request, load: Callable[[], Wan], file
     with attention_backend(pick_attention(request.device)):
         journal = files.journal("state")
         result = transfer(request.config, timer=stages, on_latents=files.save, **journal)
-        panels = {"reference": (frames, result.flows[0]), "result": (shown(result), result.flows[1])}
+        labeled = with_label(shown(result), request.label)
+        panels = {"reference": (frames, result.flows[0]), "result": (labeled, result.flows[1])}
         written = []
         if ranks.writes:
             with timer("write"):
