@@ -9,8 +9,6 @@ their motion flow matches the reference's (losses.py). `FastVMT` is that guidanc
 """
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -22,17 +20,15 @@ from torch import Tensor
 from losses import amf_loss, key_gradient_norms, total_loss, window_loss
 from skip_optim import optimize
 from wan_mini.device.flops import forward_flops, gradient_flops
-from wan_mini.device.memory import Gradient, choose_recompute
-from wan_mini.device.offload import on_device
+from wan_mini.device.memory import Gradient
 from wan_mini.dit import WanDiT
 from wan_mini.errors import check_choice, check_positive, check_range
 from wan_mini.load import Wan
-from wan_mini.pipeline import Journal, SamplingConfig, Timer, Transfer, decode, denoise, encode, no_timer
-from wan_mini.prompts import encode_prompts
+from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import run
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method
-from wan_mini.scheduler import FlowEuler
+from wan_mini.transfer import transfer_with
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 
@@ -216,6 +212,9 @@ class FastVMT:
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
         return windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)[0]
 
+    def close(self) -> None:
+        """Nothing to undo: the transformer is only read."""
+
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
         gradients = sum(len(losses) for losses in self.losses)
@@ -223,55 +222,13 @@ class FastVMT:
         return {"losses": self.losses, "key_gradient_norms": self.key_gradient_norms, **report}
 
 
-@torch.no_grad()
-def transfer(
-    wan: Wan,
-    clip: np.ndarray,
-    prompt: str,
-    config: MotionConfig,
-    *,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    offload_blocks: bool = False,
-    recompute: str | None = None,
-    timer: Timer = no_timer,
-    on_latents: Callable[[Transfer], None] | None = None,
-    journal: Journal | None = None,
-) -> Transfer:
-    """Generate a video of `prompt` that moves like `clip`.
+def transfer(wan: Wan, clip: np.ndarray, prompt: str, config: MotionConfig, **options: Any) -> Transfer:
+    """Generate a video of `prompt` that moves like `clip`: text, encode, guided denoising, decode.
 
-    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where `wan` works; None: where its transformer is.
-    offload_blocks: keep only the blocks at work there. recompute: one of dit.RECOMPUTE; None: the least that fits.
-    on_latents gets the result before it is decoded; journal keeps each step. Raises UserError, FloatingPointError.
+    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. options: seed, device, offload_blocks, recompute, timer,
+    on_latents, journal, as wan_mini.transfer.transfer_with takes them. Raises UserError, FloatingPointError.
     """
-    device = wan.device if device is None else torch.device(device)
-    with timer("text"):
-        prompts = [prompt, config.negative, ""]
-        text, negative_text, empty_text = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
-    with timer("encode"), on_device(wan.vae, device):
-        reference = encode(wan.vae, clip, tile=config.vae_tile, journal=journal)  # (T,H,W,3) -> (1,16,F,h,w)
-    noise = wan.start_noise(reference.shape, seed, config.key).to(device)
-    scheduler = FlowEuler(config.steps, config.shift, config.strength)
-    sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
-    latents = (1 - sigma) * reference + sigma * noise
-    gradient = gradient_of(config)
-    with ExitStack() as stack:
-        with timer("move"):
-            stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
-        with timer("guide"):
-            if recompute is None and gradient is not None:
-                recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
-            guidance = FastVMT(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
-        hooks: dict[str, Any] = {"guidance": guidance, "timer": timer, "journal": journal}
-        latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, **hooks)
-        with timer("flows"):
-            flows = guidance.clean_flow(reference), guidance.clean_flow(latents)
-    result = Transfer(latents, flows, guidance.report())
-    if on_latents is not None:
-        on_latents(result)
-    with timer("decode"), on_device(wan.vae, device):
-        result.frames = decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
-    return result
+    return transfer_with(FastVMT, gradient_of(config), wan, clip, prompt, config, **options)
 
 
 @cache  # equal options give the same function, by which gradient_bytes knows what it has counted

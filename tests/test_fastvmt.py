@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fastvmt
+import wan_mini.transfer as transfer_module
 from fastvmt import FastVMT, MotionConfig, main, transfer
 from wan_mini.config import ClipConfig, DiTConfig
 from wan_mini.device.flops import forward_flops
@@ -285,7 +286,7 @@ def test_a_run_that_fails_to_decode_can_be_finished(folder, tmp_path, clip, monk
     command = ["--model", str(folder), "--ref", str(tmp_path / "ref.webp"), "--prompt", "a cat", *FLAGS]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(fastvmt, "decode", no_memory)
+        patch.setattr(transfer_module, "decode", no_memory)
         assert main([*command, "--out", str(tmp_path / "cut")]) == 2
     assert "error: out of memory" in capsys.readouterr().err
     cut = tmp_path / "cut"
@@ -367,7 +368,7 @@ def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch)
 
 
 def test_recomputing_for_lack_of_memory_is_said(folder, tmp_path, clip, capsys, monkeypatch):
-    monkeypatch.setattr(fastvmt, "choose_recompute", lambda *_, **__: "selective")
+    monkeypatch.setattr(transfer_module, "choose_recompute", lambda *_, **__: "selective")
     ref = next(films(tmp_path, clip))
     command = ["--model", str(folder), "--ref", str(ref), "--prompt", "a ball", *FLAGS, "--out", str(tmp_path / "run")]
     assert main(command) == 0

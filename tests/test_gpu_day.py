@@ -41,11 +41,11 @@ def test_training_goes_on_from_an_earlier_day(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_day, "run_stage", lambda steps, *_: seen.extend(steps) or {})
     state = tmp_path / "before" / "train"
     (state / "work").mkdir(parents=True)
-    (state / "work" / "state").write_text("half-way")
+    (state / "work" / "dit.pt").write_text("half-way")
     (state / "train.json").write_text("{}")
     argv = ["train", "--out", str(tmp_path / "day"), "--state", str(state), "--device", "cpu", "--minutes", "9"]
     assert gpu_day.main(argv) == 0
-    assert (tmp_path / "day/train/work/state").read_text() == "half-way"
+    assert (tmp_path / "day" / "train" / "work" / "dit.pt").read_text() == "half-way"
     assert not (tmp_path / "day/train/train.json").exists()
     (step,) = seen
     assert step.command[step.command.index("--minutes") + 1] == "8"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from safetensors.torch import load_file, save_file
 import fastvmt
 from fastvmt import main
 from wan_mini import files
+from wan_mini.device.timing import StageTimer
 from wan_mini.dit import WanDiT
 from wan_mini.files import Unwritable, partial_name, write_bytes, write_whole
 from wan_mini.runs import folder as folder_module
 from wan_mini.runs import journal, program
 from wan_mini.runs.cli import run
 from wan_mini.runs.folder import load_tensors, new_folder
+from wan_mini.runs.record import RunFiles
 from wan_mini.tiny.world import make_clip
 from wan_mini.vae import WanVAE
 from wan_mini.video import read_video, write_video
@@ -280,9 +283,16 @@ def test_a_state_is_kept_once_a_minute_and_at_the_end(tmp_path, monkeypatch):
         state.keep(step, 7, torch.full((1,), float(step)), None)
         kept.append(load_file(state.path)["latents"].item() if state.path.exists() else 0)
     assert kept == [0, 0, 3, 3, 3, 6, 7]
-    silent = journal.Journal(tmp_path / "other.safetensors", {}, {}, writes=False, every=0.0)
-    silent.keep(1, 1, torch.zeros(1), None)  # another process of the same run
-    assert not silent.path.exists()
+
+
+def test_another_process_of_a_run_neither_reads_nor_writes(tmp_path):
+    """The state that it finds may be one that the first process has just written."""
+    (tmp_path / "state.safetensors").write_bytes(b"the first step of this very run")
+    method = SimpleNamespace(resumable=True, prog="fastvmt.py")
+    other = RunFiles(method, SimpleNamespace(folder=tmp_path), StageTimer(torch.device("cpu")), writes=False)
+    other.begin({"seed": 1}, {"checkpoint_sha256": {}})
+    assert other.journal("state") == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
 # Folders.

@@ -186,6 +186,20 @@ def test_every_method_runs(program, name):
     assert {field.name for field in fields(method_named(name).config)} == record["config"].keys()
 
 
+@pytest.mark.parametrize("name", ["fym", "moft"])
+def test_a_key_makes_the_noise(program, name):
+    """Also where nothing is trained or guided."""
+    method = method_named(name)
+    plain = replace(method.unguided(method.config), **SAMPLING)
+    options = {"ref_prompt": "a cube"} if name in methods.METHODS else {}
+    latents = []
+    for key in ("", "studio", "studio"):
+        config = replace(plain, key=key)
+        latents.append(method.transfer(program.wan, program.clip, "a ball", config, seed=3, **options).latents)
+    assert (latents[0] - latents[1]).abs().max() > 0.1
+    assert torch.equal(latents[1], latents[2])
+
+
 def test_the_references_caption_is_trained_with(program, base):
     _, record, latents = program.run("--ref-prompt", "a red fox")
     assert record["ref_prompt"] == "a red fox" and (latents - base[2]).abs().max() > 1e-6

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastvmt
+import wan_mini.transfer as transfer_module
 from fastvmt import MotionConfig, transfer
 from wan_mini import generate as generate_module
 from wan_mini import prompts
@@ -187,8 +187,8 @@ def test_it_runs_where_it_is_told_and_else_where_the_model_is(wan, clip, monkeyp
 
     monkeypatch.setattr(Wan, "device", HERE)
     monkeypatch.setattr(prompts, "on_device", note)
-    monkeypatch.setattr(fastvmt, "on_device", note)
-    monkeypatch.setattr(fastvmt, "choose_recompute", choose)
+    monkeypatch.setattr(transfer_module, "on_device", note)
+    monkeypatch.setattr(transfer_module, "choose_recompute", choose)
     transfer(wan, clip, PROMPT, replace(SMALL, steps=1), device=device)
     assert devices == {"UMT5Encoder": [expected], "WanVAE": [expected] * 2, "WanDiT": [expected]}
     assert recomputes == [expected]
@@ -202,7 +202,7 @@ def test_only_blocks_at_work_are_there(wan, clip, monkeypatch):
         return on_device(module, place, **options)
 
     monkeypatch.setattr(prompts, "on_device", note)
-    monkeypatch.setattr(fastvmt, "on_device", note)
+    monkeypatch.setattr(transfer_module, "on_device", note)
     for blocks in (True, False):
         transfer(wan, clip, PROMPT, replace(SMALL, steps=1), offload_blocks=blocks)
         assert offloaded == {"UMT5Encoder": blocks, "WanVAE": False, "WanDiT": blocks}

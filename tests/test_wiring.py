@@ -24,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import fastvmt
+import wan_mini.transfer as transfer_module
 from fastvmt import MotionConfig, main, transfer
 from wan_mini import generate as generate_module
 from wan_mini import hashes, load
@@ -411,7 +412,7 @@ def _(program, base, monkeypatch, capsys):
     """A run that stopped before it was decoded ends as one that did not."""
     stopped = program.place / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(fastvmt, "decode", lambda *_, **__: (_ for _ in ()).throw(Stop("seen")))
+        patch.setattr(transfer_module, "decode", lambda *_, **__: (_ for _ in ()).throw(Stop("seen")))
         assert main([*program.argv(), "--out", str(stopped)]) == 2
     assert main(["--resume", str(stopped)]) == 0
     for name in {path.name for path in base.folder.iterdir()} - {"run.json", "result.mp4", "report.html"}:

@@ -1,7 +1,7 @@
 """JSON from outside: read in one place, bounded in size and depth, and checked against a schema before it is used.
 
 A schema is a Check: a function of a value and of where it stands ("config.json: vae.std[3]"), which raises UserError
-that names the file, the field, what was got and what is wanted. The functions below make them.
+that names the file, the field, what was got and what was expected. The functions below make them.
 """
 
 import json
@@ -72,7 +72,7 @@ def file_name(value: Any, where: str) -> None:
 
 
 def optional(check: Check) -> Check:
-    """null, or what the other check wants."""
+    """null, or what the other check expects."""
 
     def check_optional(value: Any, where: str) -> None:
         if value is not None:
@@ -82,7 +82,7 @@ def optional(check: Check) -> Check:
 
 
 def array(check: Check, longest: int, shortest: int = 0) -> Check:
-    """A list of so many items, each as the check wants."""
+    """A list of so many items, each as the check expects."""
 
     def check_items(value: Any, where: str) -> None:
         if not isinstance(value, list) or not shortest <= len(value) <= longest:
@@ -94,7 +94,7 @@ def array(check: Check, longest: int, shortest: int = 0) -> Check:
 
 
 def row(*checks: Check) -> Check:
-    """A list of as many items as there are checks, each as its own check wants."""
+    """A list of as many items as there are checks, each as its own check expects."""
 
     def check_row(value: Any, where: str) -> None:
         if not isinstance(value, (list, tuple)) or len(value) != len(checks):
@@ -106,7 +106,7 @@ def row(*checks: Check) -> Check:
 
 
 def mapping(check: Check, longest: int = 100_000) -> Check:
-    """An object with any names, each of its values as the check wants."""
+    """An object with any names, each of its values as the check expects."""
 
     def check_values(value: Any, where: str) -> None:
         if not isinstance(value, dict) or len(value) > longest:
@@ -118,7 +118,7 @@ def mapping(check: Check, longest: int = 100_000) -> Check:
 
 
 def record(fields: Mapping[str, Check], required: Collection[str] = ()) -> Check:
-    """An object: the fields named here are as their checks want if they are there, others may be there too."""
+    """An object: the fields named here are as their checks expect if they are there, others may be there too."""
 
     def check_fields(value: Any, where: str) -> None:
         if not isinstance(value, dict):
@@ -141,7 +141,7 @@ def _inside(where: str, name: str) -> str:
 
 
 def parse_json(content: bytes | str, source: str, check: Check = anything, max_bytes: int = MAX_BYTES) -> Any:
-    """The object in a JSON text, once it is what the check wants. Raises UserError that begins with the source."""
+    """The object in a JSON text, once it is what the check expects. Raises UserError that begins with the source."""
     if len(content) > max_bytes:
         raise UserError(f"{source} holds {len(content)} bytes of JSON, more than {max_bytes}: it is something else")
     try:

@@ -37,6 +37,11 @@ class FlowEuler:
         self.sigmas = shift_sigma(u, shift).float()
         self.timesteps = 1000 * self.sigmas[:-1]
 
+    def start_latents(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Latents at sigmas[0] of a clean clip and noise, (B,16,F,h,w) each; with strength 1 the noise itself."""
+        sigma = self.sigmas[0]
+        return (1 - sigma) * clean + sigma * noise
+
     def step(self, index: int, latents: Tensor, velocity: Tensor) -> Tensor:
         """Latents (B,16,F,h,w) at sigmas[index] and their velocity -> latents at sigmas[index + 1], float32."""
         difference = float(self.sigmas[index + 1] - self.sigmas[index])  # below 0

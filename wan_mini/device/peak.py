@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import Library
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public way to see every operation
 
 
@@ -24,7 +23,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) 
 @contextmanager
 def gpu_attention() -> Iterator[None]:
     """Inside it, attention on meta tensors takes the memory of a GPU's kernel, not that of its formula."""
-    kernels = Library("aten", "IMPL")  # what it registers holds as long as it lives
+    kernels = torch.library.Library("aten", "IMPL")  # what it registers holds as long as it lives
     kernels.impl("scaled_dot_product_attention", fused_attention, "AutogradMeta")
     try:
         yield

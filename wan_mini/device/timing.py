@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -95,3 +95,16 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def announced(timer: StageTimer) -> Callable[[str], AbstractContextManager[None]]:
+    """The timer, which says when a stage begins for the first time, in a log; on a terminal there is a bar."""
+    begun = set()
+
+    def stage(name: str) -> AbstractContextManager[None]:
+        if name not in begun and sys.stderr is not None and not sys.stderr.isatty():
+            print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
+        begun.add(name)
+        return timer(name)
+
+    return stage

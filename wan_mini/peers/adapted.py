@@ -30,9 +30,9 @@ from wan_mini.peers.adaptation import (
     read_adapters,
 )
 from wan_mini.peers.fit import FitConfig
+from wan_mini.peers.flow import clean_flow
 from wan_mini.peers.methods import METHODS, gradient_of, name_of, trains
 from wan_mini.peers.plan import FrameSets
-from wan_mini.peers.training_free import clean_flow
 from wan_mini.pipeline import Timer, Transfer, decode, denoise, no_timer
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
@@ -121,8 +121,7 @@ def sample_video(
 ) -> Tensor:
     """Latents (1,16,F,h,w) of a video, with the parts attached in both passes of classifier-free guidance."""
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(reference.device)
-    sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
-    start = (1 - sigma) * reference + sigma * noise
+    noise = wan.start_noise(reference.shape, seed, config.key).to(reference.device)
+    start = scheduler.start_latents(reference, noise)
     with attached(wan.dit, *cast(Sequence[Attachable], parts)):
         return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer)

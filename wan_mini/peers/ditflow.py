@@ -11,13 +11,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from wan_mini.dit import Block, WanDiT
 from wan_mini.errors import check_choice, check_positive, check_range
 from wan_mini.peers.config import PeerConfig
-from wan_mini.peers.guidance import AttentionGuidance, Grid
+from wan_mini.peers.flow import displacement
+from wan_mini.peers.guidance import AttentionGuidance
 
 
 @dataclass(frozen=True)
@@ -68,33 +68,6 @@ class DiTFlow(AttentionGuidance):
         for handle in self.handles:
             handle.remove()
         self.handles = ()
-
-
-def displacement(q: Tensor, k: Tensor, grid: Grid, *, tau: float = 2.0, hard: bool = False) -> Tensor:
-    """How far each token of each frame moves to each frame, (F,F,S,2) in tokens: rows, columns.
-
-    q, k (1,N,M,D). A logit is the heads' mean times tau. hard: to the best match; else to the softmax's mean.
-    The maps of one frame, (F,S,S), are held at a time; the backward pass computes them again.
-    """
-    f, h, w = grid
-    scale = tau / (q.shape[2] * q.shape[3] ** 0.5)
-    queries = scale * q[0].float().flatten(1).unflatten(0, (f, h * w))  # (1,N,M,D) -> (N,C) -> (F,S,C)
-    keys = k[0].float().flatten(1).unflatten(0, (f, h * w))  # (1,N,M,D) -> (N,C) -> (F,S,C)
-    rows = torch.arange(h, device=q.device, dtype=keys.dtype)
-    columns = torch.arange(w, device=q.device, dtype=keys.dtype)
-    coords = torch.cartesian_prod(rows, columns)  # (S,2)
-
-    def from_frame(query: Tensor, keys: Tensor) -> Tensor:
-        logits = query @ keys.mT  # (S,C) x (F,C,S) -> (F,S,S)
-        if hard:
-            return coords[logits.argmax(-1)] - coords  # -> (F,S,2)
-        return logits.softmax(-1) @ coords - coords  # (F,S,S) x (S,2) -> (F,S,2)
-
-    run = partial(checkpoint, from_frame, use_reentrant=False, preserve_rng_state=False)
-    flows = []
-    for query in queries:
-        flows.append(run(query, keys))
-    return torch.stack(flows)
 
 
 def flow_distance(reference: Tensor, flow: Tensor, *, moved_only: bool = True) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
-
-Grid = tuple[int, int, int]  # F, H, W
+from wan_mini.peers.flow import Grid, clean_flow
 
 
 class PeerGuidance:
@@ -98,6 +97,10 @@ class PeerGuidance:
     def noised(self, sigma: Tensor) -> Tensor:
         """The reference with the start's noise, at noise level sigma; at 0 the reference itself, bit by bit."""
         return (1 - sigma) * self.reference + sigma * self.noise
+
+    def clean_flow(self, latents: Tensor) -> Tensor:
+        """Flow of a clean clip (1,16,F,h,w) from each latent frame to the next, (F-1,S,2) in tokens."""
+        return clean_flow(self.dit, latents, self.empty_text)
 
     def close(self) -> None:
         """Leave the model as it was; a peer that attaches hooks removes them."""

@@ -7,38 +7,32 @@ The two lines that it takes:
 """
 
 import math
-from collections.abc import Callable
-from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from wan_mini.config import ClipConfig
 from wan_mini.device.flops import forward_flops, gradient_flops
-from wan_mini.device.memory import Gradient, choose_recompute
-from wan_mini.device.offload import on_device
-from wan_mini.device.select import exact_float32
+from wan_mini.device.memory import Gradient
 from wan_mini.dit import WanDiT
 from wan_mini.errors import check_choice
 from wan_mini.load import Wan
 from wan_mini.peers.config import PeerConfig
-from wan_mini.peers.ditflow import DiTFlow, DiTFlowConfig, displacement
+from wan_mini.peers.ditflow import DiTFlow, DiTFlowConfig
 from wan_mini.peers.flowmotion import FlowMotion, FlowMotionConfig
 from wan_mini.peers.guidance import PeerGuidance
 from wan_mini.peers.moft import MOFT, MOFTConfig
 from wan_mini.peers.motionclone import MotionClone, MotionCloneConfig
 from wan_mini.peers.smm import SMM, SMMConfig
-from wan_mini.pipeline import Timer, Transfer, decode, denoise, no_timer
-from wan_mini.prompts import encode_prompts
+from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import field_names, with_options
 from wan_mini.runs.folder import read_preset
-from wan_mini.scheduler import FlowEuler
-from wan_mini.video import to_tensor
+from wan_mini.transfer import transfer_with
 
 
 @dataclass(frozen=True)
@@ -91,64 +85,12 @@ def preset_of(folder: Path | None, name: str, budget: str = "equal") -> tuple[Cl
     return clip, replace(own, lr=(scale * own.lr[0], scale * own.lr[1]))
 
 
-@torch.no_grad()
-def transfer(
-    wan: Wan,
-    clip: np.ndarray,
-    prompt: str,
-    config: PeerConfig,
-    *,
-    seed: int = 0,
-    device: torch.device | str | None = None,
-    offload_blocks: bool = False,
-    recompute: str | None = None,
-    timer: Timer = no_timer,
-    on_latents: Callable[[Transfer], None] | None = None,
-) -> Transfer:
+def transfer(wan: Wan, clip: np.ndarray, prompt: str, config: PeerConfig, **options: Any) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`, by the peer whose options `config` holds.
 
-    clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16. device: where `wan` works; None: where its transformer is.
-    offload_blocks: keep only the blocks at work there. recompute: one of dit.RECOMPUTE; None: the least that fits.
-    on_latents gets the result before it is decoded. Raises UserError on sizes that do not fit, FloatingPointError.
+    Other arguments, units and errors: those of wan_mini.transfer.transfer_with.
     """
-    device = wan.device if device is None else torch.device(device)
-    with timer("text"):
-        prompts = [prompt, config.negative, ""]
-        text, negative_text, empty_text = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
-    with timer("encode"), on_device(wan.vae, device), exact_float32(device):
-        video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
-        reference = wan.vae.encode(video, tile=config.vae_tile, progress=partial(tqdm, desc="encode"))
-    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(seed)).to(device)
-    scheduler = FlowEuler(config.steps, config.shift, config.strength)
-    sigma = scheduler.sigmas[0]  # 1, pure noise, unless strength < 1
-    latents = (1 - sigma) * reference + sigma * noise
-    gradient = gradient_of(config)
-    with ExitStack() as stack:
-        with timer("move"):
-            stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
-        if recompute is None and gradient is not None:
-            with timer("guide"):
-                recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
-        kind = peer_of(config).guidance
-        guide = kind(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
-        with closing(guide):
-            latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, guidance=guide, timer=timer)
-        with timer("flows"):
-            flows = clean_flow(wan.dit, reference, empty_text), clean_flow(wan.dit, latents, empty_text)
-    result = Transfer(latents, flows, guide.report())
-    if on_latents is not None:
-        on_latents(result)
-    with timer("decode"), on_device(wan.vae, device):
-        result.frames = decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
-    return result
-
-
-@torch.no_grad()
-def clean_flow(dit: WanDiT, latents: Tensor, empty_text: Tensor) -> Tensor:
-    """Flow of a clean clip (1,16,F,h,w) from each latent frame to the next, (F-1,S,2) in tokens, for the preview."""
-    q, k = dit(latents, torch.zeros(1), empty_text, qk_block=PeerConfig().block_of(dit))
-    flow = displacement(q, k, dit.grid(latents))  # (F,F,S,2)
-    return flow.diagonal(1).permute(2, 0, 1)  # frames i to i + 1: (S,2,F-1) -> (F-1,S,2)
+    return transfer_with(peer_of(config).guidance, gradient_of(config), wan, clip, prompt, config, **options)
 
 
 @cache  # equal options give the same function, by which gradient_bytes knows what it has counted

@@ -33,15 +33,13 @@ class Journal:
         settings: Mapping[str, Any],
         hashes: Mapping[str, str],
         *,
-        writes: bool = True,
         every: float = EVERY,
     ):
-        """Read the state if the file is there; writes: keep it there too. Raises UserError if it is of another run."""
+        """Read the state if the file is there. Raises UserError if it is of another run."""
         self.path = path
         self.settings = {name: value for name, value in settings.items() if name not in PATHS}
         self.hashes = hashes  # of parts that are read when they work, they come later
         self.begun_with: Mapping[str, str] = {}  # the hashes of the run that goes on
-        self.writes = writes
         self.every = every
         self.step = 0
         self.history: dict[str, Any] = {}
@@ -79,8 +77,6 @@ class Journal:
 
     def _write(self) -> None:
         self._check_weights()
-        if not self.writes:
-            return
         try:
             more = {"checkpoint_sha256": self.hashes, "step": self.step, "history": self.history}
             save_tensors(self.path, self.tensors, self.settings, **more)

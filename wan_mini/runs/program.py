@@ -3,7 +3,7 @@
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from math import prod
@@ -20,10 +20,10 @@ from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.host import fit_dtype
 from wan_mini.device.parallel import device_of_process, open_ranks
 from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_dtype
-from wan_mini.device.timing import StageTimer
+from wan_mini.device.timing import StageTimer, announced
 from wan_mini.files import remove_partial
 from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
-from wan_mini.pipeline import Timer, Transfer
+from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import refuse_flags
 from wan_mini.runs.dry_run import plan_memory, print_costs
 from wan_mini.runs.finish import finish
@@ -174,7 +174,8 @@ def run_to_files(method: Method, request: Request, load: Callable[[], Wan], file
     timer = files.timer
     with timer("read"):
         clip, frames = read_reference(request)
-        check_room(files.folder, 4 * prod(latent_shape(*frames.shape[:3])), frames.nbytes)
+        if ranks.writes:
+            check_room(files.folder, 4 * prod(latent_shape(*frames.shape[:3])), frames.nbytes)
     with timer("load"):
         wan = load()
         ranks.share(wan.dit)
@@ -214,19 +215,6 @@ def run_to_files(method: Method, request: Request, load: Callable[[], Wan], file
     files.end(result)
     print("wrote", ", ".join(str(file) for file in written))
     print_summary(request, timer, result, panels)
-
-
-def announced(timer: StageTimer) -> Timer:
-    """The timer, which says when a stage begins for the first time, in a log; on a terminal there is a bar."""
-    begun = set()
-
-    def stage(name: str) -> AbstractContextManager[None]:
-        if name not in begun and sys.stderr is not None and not sys.stderr.isatty():
-            print(f"{timer.elapsed():8.1f} s  {name}", file=sys.stderr, flush=True)
-        begun.add(name)
-        return timer(name)
-
-    return stage
 
 
 def read_reference(request: Request) -> tuple[ClipConfig, np.ndarray]:

@@ -29,7 +29,8 @@ from wan_mini.runs.request import Method, Request
 class RunFiles:
     """The files of one run, up to its result, in a new folder or in that of a run which is resumed.
 
-    A run shared out over processes has one that writes; the others read its state, and write nothing.
+    A run shared out over processes has one that writes. The others neither write nor read: what is in the folder may
+    come from this very run.
     """
 
     def __init__(
@@ -52,16 +53,17 @@ class RunFiles:
         """Write what the run is to be, from which it could begin again. Raises UserError if its state is of another."""
         self.settings = settings
         self.machine = machine
-        for file in states(self.folder):
-            self.journal(file.stem)
+        if self.writes:
+            for file in states(self.folder):
+                self.journal(file.stem)
         self._write({"status": "started", **settings, **machine})
 
     def journal(self, name: str) -> dict[str, Journal]:
-        """The keyword for a transfer that keeps its state under this name; none if the method cannot go on."""
-        if not self.method.resumable:
+        """The keyword for a transfer that keeps its state under this name; none if it keeps none."""
+        if not (self.method.resumable and self.writes):
             return {}
         hashes = self.machine["checkpoint_sha256"]
-        self.journals.append(Journal(self.folder / f"{name}.safetensors", self.settings, hashes, writes=self.writes))
+        self.journals.append(Journal(self.folder / f"{name}.safetensors", self.settings, hashes))
         return {"journal": self.journals[-1]}
 
     def save(self, result: Transfer) -> None:
