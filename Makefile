@@ -2,7 +2,7 @@
 PYTHON ?= python
 
 .DEFAULT_GOAL := help
-.PHONY: help install test quick lint format notebooks bench ci
+.PHONY: help install test slow lint format notebooks bench ci
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1\t/' | expand -t 12
@@ -10,11 +10,11 @@ help:  ## show this list
 install:  ## what the checks need
 	$(PYTHON) -m pip install -r requirements-dev.txt
 
-test:  ## the whole suite
+test:  ## the suite
 	$(PYTHON) -m pytest -q
 
-quick:  ## the suite without what takes more than 30 seconds
-	$(PYTHON) -m pytest -q -m "not slow"
+slow:  ## the tests marked slow, which the suite leaves out
+	$(PYTHON) -m pytest -q -m slow
 
 lint:  ## linter, formatter, types; changes nothing
 	$(PYTHON) -m ruff check .

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,9 +13,8 @@ from benchmarks.speed import amf, bench, dit, full_run, gradient, measure, rando
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A clip of five frames for the tiny model, and ceilings of small products."""
-    size = random_models.named_size("tiny")
-    size = replace(size, clip=replace(size.clip, height=64, width=96, frames=17))
+    """A rehearsal's clip and two steps for the tiny model, and ceilings of small products."""
+    size = random_models.named_size(random_models.REHEARSAL)
     monkeypatch.setattr(bench, "named_size", lambda name: size)
     monkeypatch.setattr(gradient, "REUSED", 2)
     monkeypatch.setattr(bench.Bench, "matmul_ceiling", lambda self, dtype: 1.0)

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import fastvmt
@@ -51,6 +52,7 @@ def test_the_vae_restores_held_out_clips():
         assert -10 * np.log10(error) > 27.5, kind
 
 
+@pytest.mark.slow
 def test_motion_transfer_gives_the_stored_figures(tmp_path):
     """The first four clips of benchmarks/results/evaluation.csv, one of each kind, with their prompts, once more.
 

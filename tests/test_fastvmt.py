@@ -29,7 +29,7 @@ from wan_mini.errors import UserError
 from wan_mini.generate import generate
 from wan_mini.load import load_wan
 from wan_mini.prompts import NEGATIVE, encode_prompts
-from wan_mini.runs import program
+from wan_mini.runs import dry_run, program
 from wan_mini.runs.cli import field_names
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny import demo
@@ -323,7 +323,15 @@ def test_pictures_on_request(folder, tmp_path, clip):
         assert label["ai_generated"] and label["ref"] == "ref.webp" and label["model"] == folder.name
 
 
+@pytest.fixture
+def no_table(monkeypatch):
+    """Let --dry-run count no memory, which takes seconds."""
+    monkeypatch.setattr(dry_run, "plan_memory", lambda *_: [MemoryPlan("none", "none", {"guide": 1.0})])
+
+
+@pytest.mark.usefixtures("no_table")
 def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
+    """The tiny model, which needs no name; a published one by its name; a folder."""
     monkeypatch.setattr(program, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
     assert main(["--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -332,10 +340,16 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "21 x 30 x 52 = 32760" in out and "74 frame pairs" in out and "block 14 of 30" in out
     assert "50 steps of 2 passes, 28,300.2 TFLOP" in out and "17,536.7 TFLOP" in out
-    table = dict(re.findall(r"(\w+ +\w+)  +[\d.]+ +[\d.]+ +([\d.]+)", out))  # GB of the gradient, by way
-    assert float(table["none      none"]) > 45 and float(table["blocks     block"]) < 8.2
     assert main(["--model", str(folder), "--dry-run"]) == 0
     assert "custom" in (out := capsys.readouterr().out) and "block 2 of 6" in out
+
+
+@pytest.mark.slow
+def test_the_memory_of_the_published_model(capsys):
+    assert main(["--model", "Wan2.1-T2V-1.3B", "--dry-run", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    table = dict(re.findall(r"(\w+ +\w+)  +[\d.]+ +[\d.]+ +([\d.]+)", out))  # GB of the gradient, by way
+    assert float(table["none      none"]) > 45 and float(table["blocks     block"]) < 8.2
 
 
 def test_memory_chooses_and_says_so(folder, tmp_path, clip, capsys, monkeypatch):
@@ -395,6 +409,7 @@ def test_blocks_are_compiled_on_request(folder, tmp_path, clip, capsys, monkeypa
     assert json.loads((tmp_path / "compiled" / "run.json").read_text())["compile"]
 
 
+@pytest.mark.usefixtures("no_table")
 def test_every_option_can_be_set(capsys):
     knobs = "tau=3 tile=2,5 weights=1,0.5 block=7 window_anchor=self lr=0.01,0.005 negative="
     assert main(["--dry-run", "--model", "Wan2.1-T2V-14B", "--set", "span=2", "--set", *knobs.split()]) == 0
@@ -541,6 +556,7 @@ def test_what_is_mended_is_said(folder, tmp_path, capsys):
     assert read_video(tmp_path / "out" / "preview.webp", fps=16).shape[0] == 9
 
 
+@pytest.mark.usefixtures("no_table")
 def test_a_folder_brings_its_own_options(folder, tmp_path, capsys):
     """motion.json of the folder given holds, also for a copy of the tiny model; without one, the tiny model's does."""
     copy = Path(shutil.copytree(demo.CHECKPOINT, tmp_path / "copy"))

@@ -1,6 +1,8 @@
 """Many runs from one file: each process takes the next, and a broken one stops no other."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +76,25 @@ def test_every_kind_of_broken_line_is_named(flags, tmp_path, capsys, monkeypatch
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert (record["config"]["cfg"], record["config"]["steps"]) == (2.0, 2)
     assert len(loads) == 1
+
+
+CHANGES = {"model": Path("b"), "dtype": torch.bfloat16, "compile": True, "loras": ("style",), "offload": "parts"}
+
+
+def test_a_model_is_kept_until_another_is_asked_for(monkeypatch):
+    loads = []
+    monkeypatch.setattr(
+        program_module, "load_wan", lambda *_, **options: loads.append(options) or SimpleNamespace(dit=0)
+    )
+    monkeypatch.setattr(program_module, "compile_blocks", lambda dit: None)
+    same = {"device": torch.device("cpu"), "offload": "none", "dtype": torch.float32, "compile": False, "loras": ()}
+    request, loader = SimpleNamespace(model=Path("a"), **same), program_module.Loader()
+    assert loader(request, request.model) is loader(request, request.model)
+    for number, (name, value) in enumerate(CHANGES.items(), 2):
+        setattr(request, name, value)
+        assert loader(request, request.model) is loader(request, request.model)
+        assert len(loads) == number, name
+    assert (loads[-1]["dtype"], loads[-1]["loras"], loads[-1]["on_demand"]) == (torch.bfloat16, ("style",), True)
 
 
 @pytest.mark.parametrize("words", [["--parallel", "cfg"], ["--dry-run"], ["--out", "x"]])

@@ -29,6 +29,7 @@ from wan_mini.runs import journal, program
 from wan_mini.runs.cli import run
 from wan_mini.runs.folder import load_tensors, new_folder
 from wan_mini.runs.record import RunFiles
+from wan_mini.runs.request import resumed_request
 from wan_mini.tiny.world import make_clip
 from wan_mini.vae import WanVAE
 from wan_mini.video import read_video, write_video
@@ -136,6 +137,19 @@ def test_a_resumed_run_repeats_no_step_and_no_encoding(small, whole, monkeypatch
     monkeypatch.setattr(WanVAE, "encode", lambda *_, **__: pytest.fail("encoded again"))
     monkeypatch.setattr(fastvmt, "optimize", lambda *_, **__: pytest.fail("optimized again"))
     assert main(["--resume", str(out)]) == 0
+
+
+def test_every_setting_of_the_record_is_resumed(small, whole):
+    out = small.out()
+    small.killed(out, round(0.4 * whole["events"]))
+    record = json.loads((out / "run.json").read_text(encoding="utf-8"))
+    settings = {"seed": 7, "prompt": "a cube", "label": "made by me", "offload": "parts", "recompute": "block"}
+    settings |= {"png": True, "unguided": True, "compile": True}
+    (out / "run.json").write_text(json.dumps({**record, **settings, "dtype": "torch.bfloat16"}), encoding="utf-8")
+    args = SimpleNamespace(resume=out, model=None, ref=None, device=None, offload="none")
+    request = resumed_request(args, fastvmt.method(), ())
+    assert {name: getattr(request, name) for name in settings} == settings and request.dtype == torch.bfloat16
+    assert (request.folder, str(request.ref)) == (out, record["ref"]) and request.config.steps == 3
 
 
 def test_a_run_that_is_still_going_is_not_resumed(small, whole, capsys):

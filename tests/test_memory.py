@@ -1,5 +1,7 @@
 """Memory that is predicted, beside memory that is used."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,6 +178,14 @@ def test_recompute_follows_free_memory(monkeypatch):
     assert choose_recompute(dit, shape, gradient, CUDA, offload_blocks=True) == "selective"
     monkeypatch.setattr(memory, "free_memory", lambda device: needed / 0.9 - 1)
     assert choose_recompute(dit, shape, gradient, CUDA, offload_blocks=True) == "block"
+
+
+def test_processes_agree_on_what_is_recomputed(monkeypatch):
+    """What one of them must recompute, all do, also those that have room."""
+    dit = parts("cpu")["dit"]
+    dit.ranks = SimpleNamespace(agree=lambda index: max(index, 1))  # another process has room for "selective"
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**12)
+    assert choose_recompute(dit, SHAPES["latent_shape"], gradient, CUDA) == RECOMPUTE[1]
 
 
 def test_a_gradient_is_counted_once(monkeypatch):

@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from benchmarks.speed import random_models, traffic
 from fastvmt import main
 from wan_mini.config import DiTConfig, UMT5Config, VAEConfig
+from wan_mini.device import parallel
 from wan_mini.device.flops import forward_flops
+from wan_mini.device.parallel import Ranks
 from wan_mini.dit import WanDiT
 from wan_mini.load import save_wan
 from wan_mini.tiny.world import make_clip
@@ -79,6 +81,17 @@ def test_what_does_not_split_evenly_is_refused_in_one_line(argv, tmp_path):
 def test_one_process_alone_is_refused(argv, capsys):
     assert main([*argv, "--parallel", "cfg"]) == 2
     assert "--parallel cfg needs torchrun" in capsys.readouterr().err
+
+
+def test_all_processes_agree_on_the_largest(monkeypatch):
+    ranks = object.__new__(Ranks)  # without a process group
+    ranks.size = 3
+
+    def gather(values, value):
+        values[:] = [0, 2, value]
+
+    monkeypatch.setattr(parallel.dist, "all_gather_object", gather)
+    assert ranks.agree(1) == 2 and ranks.agree(3) == 3
 
 
 @pytest.mark.parametrize(("mode", "count"), traffic.LAYOUTS)

@@ -167,6 +167,15 @@ def test_the_result_is_there_before_it_is_decoded(wan, clip):
     assert set(timer.table) == before[0][2] | {"decode"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frames_are_decoded_in_the_models_dtype_and_in_its_tiles(wan, clip, monkeypatch, dtype):
+    seen = []
+    monkeypatch.setattr(Wan, "dtype", dtype)
+    monkeypatch.setattr(transfer_module, "decode", lambda vae, latents, **options: seen.append(options))
+    transfer(wan, clip, PROMPT, replace(SMALL, steps=1, vae_tile=64))
+    assert seen == [{"tile": 64, "dtype": dtype}]
+
+
 # Where it works.
 
 HERE = torch.device("cpu", 0)  # the same place as "cpu", but unequal to it

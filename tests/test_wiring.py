@@ -928,7 +928,7 @@ def test_the_memory_that_is_planned_is_this_runs(program):
     clip = ClipConfig(height=64, width=96, frames=9)
     cases = [
         (MotionConfig(**MOTION, amf="none"), {"cfg_passes": 2}),
-        (MotionConfig(**MOTION, amf="none", cfg=1.0, vae_tile=32), {"cfg_passes": 1, "vae_tile": 32}),
+        (MotionConfig(**MOTION, amf="none", cfg=1.0, vae_tile=64), {"cfg_passes": 1, "vae_tile": 64}),
     ]
     tables = []
     for config, options in cases:

@@ -1,10 +1,12 @@
 """From the headers of a part to its module on the meta device: sizes, names and shapes must fit exactly."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from wan_mini.checkpoint import Part, TensorHeader, abbreviate, index_tensors, missing_shards
-from wan_mini.dit import WanDiT
+from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import UserError
 from wan_mini.fp8 import scale_headers
 from wan_mini.other_models import refuse_other_models
@@ -51,3 +53,12 @@ def _compare_shapes(module: nn.Module, index: dict[str, TensorHeader]) -> dict[s
         elif tensor.shape != expected[name]:
             wrong_shape.append(f"{name} {tensor.shape}, not {expected[name]}, in {tensor.file}")
     return {"missing": missing, "unexpected": unexpected, "wrongly shaped": wrong_shape}
+
+
+def set_weight_dtypes(parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+    """Give parts on the meta device the dtypes that load.load_wan gives them, and freeze them."""
+    for part_name, part in parts.items():
+        part.requires_grad_(False)
+        for name, weight in part.named_parameters():
+            if part_name == "text_encoder" or (part_name == "dit" and not keeps_float32(name)):
+                weight.data = weight.data.to(dtype)

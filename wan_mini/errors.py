@@ -4,6 +4,9 @@ import math
 import re
 from collections.abc import Collection
 
+import torch
+from torch import Tensor
+
 # What a terminal obeys instead of showing it (C0, DEL, C1), breaks a line at, or writes backwards; and lone surrogates,
 # which stand for bytes of a name that are no UTF-8.
 CONTROLS = re.compile("[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -52,3 +55,10 @@ def check_positive(name: str, value: float, at_most: float = math.inf) -> None:
     check_range(name, value, 0, at_most)
     if value == 0:
         raise UserError(f"{name} must be above 0, got 0")
+
+
+def check_finite(latents: Tensor, step: int, steps: int) -> None:
+    """Raises FloatingPointError that names the step if latents hold NaN or infinity."""
+    if not torch.isfinite(latents).all():
+        hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.inspect"
+        raise FloatingPointError(f"latents are not finite after step {step + 1} of {steps}: {hint}")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from wan_mini.attention import OneProcess
 from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
-from wan_mini.errors import UserError, check_positive, check_range
+from wan_mini.errors import UserError, check_finite, check_positive, check_range
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import MAX_STEPS, FlowEuler, FlowUniPC
 from wan_mini.vae import TILE_MULTIPLE, WanVAE
@@ -194,10 +194,3 @@ def decode(vae: WanVAE, latents: Tensor, *, tile: int | None = None, dtype: torc
             latents.to(device), tile=tile, progress=partial(progress_bar, desc="decode")
         )  # -> (1,3,T,H,W)
     return to_uint8(video)
-
-
-def check_finite(latents: Tensor, step: int, steps: int) -> None:
-    """Raises FloatingPointError that names the step if latents hold NaN or infinity."""
-    if not torch.isfinite(latents).all():
-        hint = "try --dtype float32, a lower learning rate, or check the checkpoint with python -m wan_mini.inspect"
-        raise FloatingPointError(f"latents are not finite after step {step + 1} of {steps}: {hint}")

@@ -77,10 +77,11 @@ def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offloa
     A prompt that is too long loses its end, not its end-of-text token; the empty prompt is that token alone.
     offload_blocks: keep the text encoder's blocks in the host's memory, and copy each to the device for its turn.
     """
+    limit = wan.dit.config.text_len
+    tokens = [_truncate(wan.tokenizer.encode(clean_prompt(prompt)), limit) for prompt in prompts]
     vectors = []
     with on_device(wan.text_encoder, device, offload_blocks=offload_blocks):
-        for prompt in prompts:
-            ids = _truncate(wan.tokenizer.encode(clean_prompt(prompt)), wan.dit.config.text_len)
+        for ids in tokens:
             batch = torch.tensor([ids], device=device)  # (1, L)
             mask = torch.ones_like(batch)
             vectors.append(wan.text_encoder(batch, mask))  # (1, L) -> (1, L, text_dim)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from wan_mini.build import set_weight_dtypes
 from wan_mini.config import DiTConfig
 from wan_mini.device.offload import OFFLOAD, block_owners, lay_out
 from wan_mini.device.peak import peak_bytes
-from wan_mini.dit import RECOMPUTE, WanDiT, keeps_float32
+from wan_mini.dit import RECOMPUTE, WanDiT
 from wan_mini.errors import UserError
 
 # One gradient of a guidance, run for its memory alone: (dit, latents (1,16,F,h,w), text (1,L,text_dim), recompute).
@@ -54,15 +55,6 @@ class Stage:
     part: str  # the key of the module at work, whose weights must be on the device
     run: Callable[[str], object]  # called with one of dit.RECOMPUTE
     has_backward: bool = False  # else it does not matter what a backward recomputes
-
-
-def set_weight_dtypes(parts: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
-    """Give parts on the meta device the dtypes that load.load_wan gives them, and freeze them."""
-    for part_name, part in parts.items():
-        part.requires_grad_(False)
-        for name, weight in part.named_parameters():
-            if part_name == "text_encoder" or (part_name == "dit" and not keeps_float32(name)):
-                weight.data = weight.data.to(dtype)
 
 
 def module_bytes(module: nn.Module) -> int:
