@@ -21,6 +21,7 @@ from wan_mini.pipeline import (
     decode,
     denoise,
     encode,
+    guided_velocity,
     no_timer,
 )
 from wan_mini.prompts import encode_prompts
@@ -88,6 +89,7 @@ def transfer_with(
                 recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
             guidance = make_guidance(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
         hooks: dict[str, Any] = {"guidance": guidance, "timer": timer, "journal": journal}
+        hooks["velocity_of"] = getattr(guidance, "velocity_of", guided_velocity)
         with closing(guidance):
             latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, **hooks)
         with timer("flows"):
