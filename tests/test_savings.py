@@ -308,6 +308,8 @@ def test_a_guided_step_ends_at_its_share_of_the_loss(guide):
         g.before_step(0, x, *at)
         assert (len(g.losses[0]), g.gradients) == (evaluated, [gradients])
         assert share < 1 or g.losses[0][1] < g.losses[0][0]
+    half = guide(stop_loss=0.5)
+    assert [half.is_enough([4.0, *more]) for more in ((2.1,), (2.0,), (1.0, 2.1))] == [False, True, False]
 
 
 # Costs.
