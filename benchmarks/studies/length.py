@@ -1,7 +1,7 @@
 """Longer clips, and twice the grid.
 
-Hypothesis, written before any run. The flow's pairs stay within the span, so guidance works as well at 81 frames
-as at 33 if the model can sample so long at all; the tiny model was trained on 33 frames of 128x192, so the sampler is what
+Hypothesis, written before any run. The flow's pairs stay within the span, so guidance works as well at 81 frames as at
+33 if the model can sample so long at all. The tiny model was trained on 33 frames of 128x192, so the sampler is what
 fails, in shapes before motion. Twice the grid is further out of its distribution, and worse.
 Limit: longer clips go forth and back, so their second half repeats the first; the larger ones are enlarged pixels.
 """
