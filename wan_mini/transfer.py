@@ -67,10 +67,9 @@ def transfer_with(
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`, by a method's guidance.
 
-    gradient: one of the guidance's gradients, for its memory; None: it has none. clip (T,H,W,3) uint8, T = 4k+1, H and
-    W multiples of 16. device: where `wan` works; None: where its transformer is. offload_blocks: keep only the blocks
-    at work there. recompute: one of dit.RECOMPUTE; None: the least that fits. on_latents gets the result before it is
-    decoded; journal keeps each step. Raises UserError on sizes that do not fit, FloatingPointError.
+    gradient: one of the guidance's, for its memory, or None. clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16.
+    device: where `wan` works (where it is). offload_blocks: keep there only blocks at work. recompute: of dit.RECOMPUTE
+    (the least that fits). on_latents gets the undecoded result. Raises UserError on wrong sizes, FloatingPointError.
     """
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
