@@ -19,22 +19,25 @@ from torch import Tensor
 
 from losses import amf_loss, key_gradient_norms, total_loss, window_loss
 from skip_optim import optimize
-from wan_mini.device.flops import forward_flops, gradient_flops
 from wan_mini.device.memory import Gradient
 from wan_mini.dit import WanDiT
 from wan_mini.errors import check_choice, check_positive, check_range
 from wan_mini.load import Wan
-from wan_mini.pipeline import SamplingConfig, Transfer
+from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import run
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method
+from wan_mini.savings import SavingGuidance, SavingsConfig, cost_lines, rates_of, thinned, token_subset
 from wan_mini.transfer import transfer_with
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 
 @dataclass(frozen=True)
-class MotionConfig(SamplingConfig):
-    """The options of a transfer, with those of sampling. Sec., Eq.: the paper's; "release": its code at 34a050b."""
+class MotionConfig(SavingsConfig):
+    """The options of a transfer, with those of sampling and of savings.
+
+    Sec., Eq.: the paper's; "release": its code at 34a050b.
+    """
 
     amf: str = "windowed"  # "windowed" (FastVMT), "dense" (all pairs of tokens), "none" (no guidance)
     guidance_fraction: float = 0.2  # share of the steps, from the first, that is guided (Sec. 4.1)
@@ -88,6 +91,10 @@ class MotionConfig(SamplingConfig):
         return block
 
 
+# By their name for --preset. "fast" is chosen by its operations: 1.3B at 81 frames takes 22 PFLOP, plain sampling 28.
+PRESETS = {"fast": {"cfg_interval": (0.9, 1.0), "guide_every": 2, "frames_every": 2, "interval": 5}}
+
+
 class Target(NamedTuple):
     """What the latents must match."""
 
@@ -95,14 +102,12 @@ class Target(NamedTuple):
     centers: Tensor | None  # (pairs,tiles,2) of both videos' windows; None: each video's own, or no windows
 
 
-class FastVMT:
+class FastVMT(SavingGuidance):
     """Optimizes the latents before the first denoising steps until their motion flow is the reference's.
 
     A wan_mini.pipeline.Guidance. The reference is read without a prompt, the latents with theirs. Both carry the same
     noise, so that the flows of two equally noisy clips are compared; unless config.reference is "clean".
     """
-
-    history = ("losses", "key_gradient_norms")  # grow with the guided steps
 
     def __init__(
         self,
@@ -115,43 +120,68 @@ class FastVMT:
         recompute: str = "none",
     ):
         """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
-        self.dit = dit
+        super().__init__(dit, config, config.block_of(dit), dit.grid(reference))
         self.reference = reference
         self.noise = noise
         self.text = text
         self.empty_text = empty_text
-        self.config = config
+        self.config: MotionConfig = thinned(config)
         self.recompute = recompute
-        self.block = config.block_of(dit)
-        self.grid = dit.grid(reference)
-        self.pairs = frame_pairs(self.grid[0], config.span)
-        self.next_pairs = frame_pairs(self.grid[0], 1)
         self.status: dict[str, str] = {}
-        self.losses: list[list[float]] = []  # of each guided step, at each gradient
-        self.key_gradient_norms: list[dict[str, float]] = []  # of each guided step, at its first gradient
         self.clean_centers: Tensor | None = None
-        self.clean_target: Target | None = None
+        self.clean: dict[tuple[int, int, int], tuple[Tensor | None, Target | None]] = {}  # by the first token
+        self.choose_tokens(0)
+
+    def choose_tokens(self, phase: int) -> None:
+        """Let the guidance see these tokens, all of them by default; phase: see savings.token_subset."""
+        c = self.config
+        subset = token_subset(self.whole_grid, c.frames_every, c.tokens_every, phase)
+        self.tokens = subset.numbers  # None: all
+        self.grid = subset.grid
+        self.pairs = frame_pairs(self.grid[0], c.span, c.anchor_every)
+        if subset.starts not in self.clean:
+            self.clean[subset.starts] = self.read_clean()
+        self.clean_centers, self.clean_target = self.clean[subset.starts]
+
+    def read_clean(self) -> tuple[Tensor | None, Target | None]:
+        """Centers and target that the reference without noise gives, where they are asked for."""
+        config = self.config
+        self.clean_centers = None
+        target = None
         anchored = config.amf == "windowed" and config.window_anchor == "clean"
         targeted = config.amf != "none" and config.reference == "clean"
-        if anchored or targeted:  # once per run, from the reference without noise
+        if anchored or targeted:
             with torch.no_grad():
-                q, k = self.queries_keys(reference, torch.zeros(()), empty_text)
+                q, k = self.queries_keys(self.reference, torch.zeros(()), self.empty_text)
                 if anchored:
                     self.clean_centers = self.centers(q, k)
                 if targeted:
-                    self.clean_target = self.target_of(q, k)
+                    target = self.target_of(q, k)
+        return self.clean_centers, target
 
     def before_step(self, index: int, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Tensor:
         """Latents (1,16,F,h,w) whose motion flow is nearer to the reference's; after the guided steps, unchanged."""
         if index >= self.config.guided_steps:
             return latents
+        c = self.config
+        number, later = divmod(index, c.guide_every)
+        if later:
+            return latents
+        rates = rates_of(c.lr, c.guided_steps, c.guide_every)
+        number, later = divmod(number, c.gradient_every)
+        if later:
+            return optimize(latents, None, steps=c.optim_steps, lr=rates, gradient=self.state["gradient"])[0]
+        self.choose_tokens(number)
         target = self.target_at(sigma, timestep)
         norms: dict[str, float] = {}
         self.key_gradient_norms.append(norms)
         loss = partial(self.loss, timestep=timestep, target=target, norms=norms)
-        c = self.config
-        latents, report = optimize(latents, loss, steps=c.optim_steps, interval=c.interval, lr=c.lr)
+        stop = self.is_enough if c.stop_loss > 0 else None
+        latents, report = optimize(latents, loss, steps=c.optim_steps, interval=c.interval, lr=rates, stop=stop)
         self.losses.append(report.losses)
+        self.gradients.append(report.gradients)
+        if c.gradient_every > 1 and report.gradient is not None:
+            self.state["gradient"] = report.gradient
         return latents
 
     def target_at(self, sigma: Tensor, timestep: Tensor) -> Target:
@@ -190,7 +220,8 @@ class FastVMT:
     def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys of the block, (1,N,M,D) each, for latents (1,16,F,h,w) and a timestep () in [0,1000]."""
         recompute = self.recompute if latents.requires_grad else "none"
-        return self.dit(latents, timestep.reshape(1), text, qk_block=self.block, recompute=recompute)
+        at = timestep.reshape(1)
+        return self.dit(latents, at, text, qk_block=self.block, recompute=recompute, tokens=self.tokens)
 
     def centers(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile is found in the other frame (Eq. 1, 4), (pairs,tiles,2) in tokens."""
@@ -208,17 +239,18 @@ class FastVMT:
 
     def clean_flow(self, latents: Tensor) -> Tensor:
         """Flow of a clean clip from each latent frame to the next, (F-1,S,2) in tokens, around its own matches."""
-        c = self.config
+        c = self.options
+        grid = self.whole_grid
+        self.tokens = None
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
-        return windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)[0]
+        return windowed_amf(q, k, grid, frame_pairs(grid[0], 1), tau=c.tau, tile=c.tile, window=c.window)[0]
 
     def close(self) -> None:
         """Nothing to undo: the transformer is only read."""
 
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
-        gradients = sum(len(losses) for losses in self.losses)
-        report = {"gradients": gradients, "pairs": len(self.pairs), "block": self.block, "recompute": self.recompute}
+        report = {"pairs": len(self.pairs), "block": self.block, "recompute": self.recompute, **self.spent()}
         return {"losses": self.losses, "key_gradient_norms": self.key_gradient_norms, **report}
 
 
@@ -249,23 +281,13 @@ def gradient_of(config: MotionConfig) -> Gradient | None:
 
 def costs(config: MotionConfig, dit: WanDiT, grid: tuple[int, int, int]) -> list[str]:
     """What guiding a clip with this token grid costs, in lines for --dry-run."""
-    c, block, tokens = config, config.block_of(dit), math.prod(grid)
-    updates = c.guided_steps * c.optim_steps
-    gradients = c.guided_steps * math.ceil(c.optim_steps / c.interval)
-    readings = c.guided_steps if c.reference == "noised" else 1  # of the reference; not counted: those of clean clips
-    flops = readings * forward_flops(dit.config, tokens, block)
-    flops += gradients * gradient_flops(dit.config, tokens, block)
-    where = f"block {block} of {dit.config.num_layers}, {len(frame_pairs(grid[0], c.span))} frame pairs"
-    return [
-        f"guidance     {c.guided_steps} of {c.steps} steps, {where}, tiles {c.tile[0]}x{c.tile[1]}, window {c.window}",
-        f"             {gradients} gradients for {updates} latent updates, {flops / 1e12:,.1f} TFLOP",
-    ]
+    return cost_lines(config, dit.config, config.block_of(dit), grid)
 
 
 def method() -> Method:
     """What the command line needs to know of this method."""
     unguided = partial(replace, amf="none")
-    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided, resumable=True)
+    return Method("fastvmt.py", MotionConfig(), transfer, gradient_of, costs, unguided, resumable=True, presets=PRESETS)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -27,14 +27,17 @@ def amf_loss(flow_ref: Tensor, flow_gen: Tensor, pairs: list[tuple[int, int]], s
 def window_loss(k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, int]], windows: Tensor) -> Tensor:
     """Tracking loss: squared change of a tile's mean window key from one target frame to the next (Eq. 7), per head.
 
-    k (1,N,M,D); windows (len(pairs), tiles, keys) of windowed_amf; pairs all of frame_pairs(F, span), in any order.
+    k (1,N,M,D); windows (len(pairs), tiles, keys) of windowed_amf; pairs all of frame_pairs(F, span, every), any order.
     (1/F) sum_i mean_tiles 1/(n_i - 1) sum_t |K_(i->i+t+1) - K_(i->i+t)|^2 / M, n_i the number of targets of anchor i;
-    anchors with n_i < 2 count 0. -> scalar, at least float32. Raises ValueError if a pair is missing.
+    anchors with n_i < 2 count 0. With fewer anchors, F is the number of frames 0, every, ...
+    -> scalar, at least float32. Raises ValueError if a pair is missing.
     """
     frames, height, width = grid
     span = max(j - i for i, j in pairs)
     index = {pair: n for n, pair in enumerate(pairs)}
-    by_distance = [[(i, i + d) for i in range(frames - d)] for d in range(1, span + 1)]
+    anchors = {i for i, _ in pairs}
+    every = sorted(anchors | {frames})[1]  # the second anchor, if there is one
+    by_distance = [[(i, i + d) for i in range(0, frames - d, every)] for d in range(1, span + 1)]
     if index.keys() != set(chain.from_iterable(by_distance)):
         raise ValueError(f"window_loss needs all pairs of {frames} frames up to distance {span}, got {pairs}")
     dtype = torch.promote_types(k.dtype, torch.float32)
@@ -44,14 +47,15 @@ def window_loss(k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, in
         chosen = windows[[index[pair] for pair in of_distance]]  # (F-d, tiles, keys)
         share = keys.new_zeros(*chosen.shape[:2], height * width)  # (F-d, tiles, S): of each key in its window's mean
         share.scatter_(2, chosen, 1 / chosen.shape[2], reduce="add")
-        means.append(share @ keys[d:])  # (F-d, tiles, S) x (F-d, S, C): the mean as a product, no keys gathered
+        means.append(share @ keys[d::every])  # (F-d, tiles, S) x (F-d, S, C): the mean as a product, no keys gathered
     loss = k.new_zeros((), dtype=keys.dtype)
     for d in range(1, span):
-        step = means[d] - means[d - 1][:-1]  # (F-d-1, tiles, C): from target frame i+d to i+d+1
+        step = means[d] - means[d - 1][: len(means[d])]  # (F-d-1, tiles, C): from target frame i+d to i+d+1
         change = step.square().sum(2).mean(1) / k.shape[2]  # (F-d-1, tiles, C) -> (F-d-1,), per head
-        targets = (frames - 1 - torch.arange(frames - d - 1, device=k.device)).clamp(max=span)  # n_i of each anchor
+        numbers = torch.arange(0, frames - d - 1, every, device=k.device)
+        targets = (frames - 1 - numbers).clamp(max=span)  # n_i of each anchor
         loss = loss + (change / (targets - 1)).sum()
-    return loss / frames
+    return loss / len(range(0, frames, every))
 
 
 def total_loss(amf: Tensor, window: Tensor, weights: tuple[float, float] = (5.0, 1.0)) -> Tensor:

@@ -36,16 +36,16 @@ Grid = tuple[int, int, int]  # F, H, W
 Pair = tuple[int, int]  # source frame i, target frame j
 
 
-def frame_pairs(frames: int, span: int) -> list[Pair]:
+def frame_pairs(frames: int, span: int, anchor_every: int = 1) -> list[Pair]:
     """All (i, j) with 1 <= j - i <= span, both in latent frames; grouped by distance.
 
-    Eq. 3 without i = j, where nothing moves. Raises ValueError if there is no pair.
+    Eq. 3 without i = j, where nothing moves. anchor_every: only i = 0, n, 2n, ... Raises ValueError without any pair.
     """
     if frames < 2 or span < 1:
         raise ValueError(f"need at least 2 latent frames and span >= 1 for motion, got {frames} and {span}")
     pairs = []
     for distance in range(1, min(span, frames - 1) + 1):
-        for i in range(frames - distance):
+        for i in range(0, frames - distance, anchor_every):
             pairs.append((i, i + distance))
     return pairs
 

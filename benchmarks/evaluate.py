@@ -114,10 +114,16 @@ def mean_with_interval(values: np.ndarray) -> str:
     values = values[~np.isnan(values)]
     if not len(values):
         return "-"
+    low, high = bootstrap_interval(values)
+    return f"{values.mean():.2f} ±{(high - low) / 2:.2f}"
+
+
+def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of values (clips,), none of them NaN, between quantiles of a bootstrap."""
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLINGS, len(values)))
     means = values[drawn].mean(1)  # (resamplings,clips) -> (resamplings,)
     low, high = np.quantile(means, (0.025, 0.975))
-    return f"{values.mean():.2f} ±{(high - low) / 2:.2f}"
+    return float(low), float(high)
 
 
 def table(rows: Sequence[Row], names: Sequence[str] = SHOWN) -> str:

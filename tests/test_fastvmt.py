@@ -339,7 +339,7 @@ def test_dry_run_loads_nothing(folder, capsys, monkeypatch):
     assert main(["--model", "Wan2.1-T2V-1.3B", "--dry-run", "--dtype", "bfloat16"]) == 0
     out = capsys.readouterr().out
     assert "21 x 30 x 52 = 32760" in out and "74 frame pairs" in out and "block 14 of 30" in out
-    assert "50 steps of 2 passes, 28,300.2 TFLOP" in out and "17,536.7 TFLOP" in out
+    assert "50 steps, 100 passes, 28,300.2 TFLOP" in out and "17,536.7 TFLOP" in out
     assert main(["--model", str(folder), "--dry-run"]) == 0
     assert "custom" in (out := capsys.readouterr().out) and "block 2 of 6" in out
 

@@ -46,6 +46,7 @@ from wan_mini.runs.cli import run, with_options
 from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.request import load_preset
+from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import make_clip
 from wan_mini.vae import WanVAE
 from wan_mini.video import read_video, write_video
@@ -163,10 +164,15 @@ FIELDS |= {"amf": "dense", "guidance_fraction": 1.0, "optim_steps": 7, "interval
 FIELDS |= {"tau": 1.0, "tile": (1, 2), "window": 2, "span": 1, "alpha": 0.9, "weights": (0.1, 3.0)}
 FIELDS |= {"window_anchor": "self", "reference": "clean", "centroid": "soft", "key": "studio"}
 
+# Fields of SavingsConfig, beside a run of four guided steps; the loops know none of them, test_savings.py does.
+SAVINGS = {"cfg_interval": (0.0, 0.8), "cache": 2.0, "guide_every": 3, "gradient_every": 2, "anchor_every": 2}
+SAVINGS |= {"frames_every": 2, "tokens_every": 2, "stop_loss": 1.0}
+FOUR = {"steps": 4, "guidance_fraction": 1.0, "interval": 2}
+
 
 def test_every_field_has_a_case():
     names = [f.name for config in (ClipConfig, SamplingConfig, MotionConfig) for f in fields(config)]
-    assert FIELDS.keys() == set(names)
+    assert FIELDS.keys() | SAVINGS.keys() == set(names) and not FIELDS.keys() & SAVINGS.keys()
     assert {f.name for f in fields(SamplingConfig)} < {f.name for f in fields(MotionConfig)}
 
 
@@ -184,6 +190,22 @@ def test_a_field_reaches_the_run(program, base, name, monkeypatch):
         monkeypatch.setattr(torch, "randn", lambda shape, **_: start_noise(shape, SEED, "studio", "custom"))
     same(got, program.by_hand(**{name: value}))
     differs(got, base)
+
+
+@pytest.fixture(scope="module")
+def four(program) -> Run:
+    return program.run(**FOUR)
+
+
+@pytest.mark.parametrize("name", SAVINGS)
+def test_a_saving_reaches_the_run(program, four, name):
+    value = SAVINGS[name]
+    got = program.run(**FOUR, **{name: value})
+    recorded = list(value) if isinstance(value, tuple) else value
+    assert got.record["config"] == four.record["config"] | {name: recorded} == got.settings["config"]
+    differs(got, four)
+    flops = [sum(run.record["flops"].values()) for run in (got, four)]
+    assert flops[0] < flops[1]
 
 
 def test_the_second_and_third_choices_reach_the_run(program, base):
@@ -340,6 +362,25 @@ def _(program, base, monkeypatch, capsys):
 
 
 option_flag("--set", ["cfg=2.0", "fps=8"], cfg=2.0, fps=8.0)
+
+
+def demo_motion() -> dict[str, Any]:
+    """The tiny model's own options."""
+    return json.loads((CHECKPOINT / "motion.json").read_text(encoding="utf-8"))["motion"]
+
+
+@flag("--preset")
+def _(program, base, monkeypatch, capsys):
+    """As its options by --set, which come behind it."""
+    own = {name: value for name, value in fastvmt.PRESETS["fast"].items() if name != "interval"}
+    got, by_set = program.run("--preset", "fast", interval=1), program.run(**own, interval=1)
+    assert got.record["config"] == by_set.record["config"] and torch.equal(got.latents, by_set.latents)
+    assert got.record["config"]["guide_every"] == 2 and base.record["config"]["guide_every"] == 1
+    assert fastvmt.PRESETS["fast"]["interval"] != 1
+    differs(got, base)
+    steps = demo_motion()["steps"]  # a model's own options stay
+    assert main(["--dry-run", "--preset", "fast", "--frames", "9", "--height", "64", "--width", "96"]) == 0
+    assert f" of {steps} steps, block" in capsys.readouterr().out
 
 
 @flag("--out")

@@ -211,12 +211,14 @@ class WanDiT(nn.Module):
         qk_block: int | None = None,
         recompute: str = "none",
         times: Sequence[float] | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Velocity of noisy latents, or the queries and keys of one block.
 
         latents (B,16,F,2H,2W); timestep (B,) in [0,1000], best left on the CPU; text (B,L<=text_len,text_dim), here
         zero-padded to text_len and not masked, as in training; recompute: what a backward does again, see RECOMPUTE;
-        times: temporal RoPE positions of the F latent frames, real numbers, None for 0..F-1.
+        times: temporal RoPE positions of the F latent frames, real numbers, None for 0..F-1;
+        tokens: numbers (N',), in raster order, of those that the blocks see, at their positions; only with qk_block.
         -> velocity, float32, shaped like latents; or with qk_block=i (q, k) of block i's self-attention after norm
         and RoPE, each (B,N,M,D) float32: blocks 0..i-1 run whole, block i stops at q and k, nothing after it runs.
         Raises UserError on latents that do not patchify, too long a text, a block or a policy that does not exist, or
@@ -228,6 +230,9 @@ class WanDiT(nn.Module):
         if recompute not in RECOMPUTE:
             raise UserError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute}")
         x, time, modulation, text, (cos, sin) = self.embed(latents, timestep, text, times)
+        if tokens is not None:
+            tokens = tokens.to(x.device)
+            x, cos, sin = x[:, tokens], cos[tokens], sin[tokens]  # (B,N,C) -> (B,N',C), (N,1,D/2) -> (N',1,D/2)
         rope = self.ranks.split(cos, dim=0), self.ranks.split(sin, dim=0)  # (N,1,D/2) -> (N/n,1,D/2), n processes
         x = self.ranks.split(x)  # (B,N,C) -> (B,N/n,C)
         for block in self.blocks[:qk_block]:  # all of them, if qk_block is None

@@ -8,7 +8,7 @@ Source: Wan-Video/Wan2.2, wan/text2video.py; boundary 0.875 is that of its wan/c
 
 import re
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -45,10 +45,10 @@ class Experts(nn.Module):
         return self.low_noise
 
     def forward(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, *, qk_block: int | None = None, recompute: str = "none"
+        self, latents: Tensor, timestep: Tensor, text: Tensor, **options: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """As WanDiT.forward, by the expert for the timestep."""
-        return self.at(timestep)(latents, timestep, text, qk_block=qk_block, recompute=recompute)
+        return self.at(timestep)(latents, timestep, text, **options)
 
     def grid(self, latents: Tensor) -> tuple[int, int, int]:
         """As WanDiT.grid."""

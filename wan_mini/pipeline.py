@@ -28,6 +28,7 @@ from wan_mini.video import to_tensor, to_uint8
 
 progress_bar = partial(tqdm, disable=None)  # on a terminal; not in a log, where each turn would be kept
 Timer = Callable[[str], AbstractContextManager[None]]  # timer("denoise") measures a block of code, as StageTimer does
+VelocityFunction = Callable[[WanDiT, Tensor, Tensor, Tensor, Tensor, float], Tensor]  # as guided_velocity
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Transfer:
 class Guidance(Protocol):
     """A training-free method: it may change the latents before each denoising step.
 
-    If it has an attribute `history`, that names its lists which grow with the steps: a journal keeps them.
+    If it has an attribute `history`, that names its lists which grow with the steps: a journal keeps them, and the
+    float32 tensors of its dictionary `state`, if it has one.
     """
 
     status: dict[str, str]  # shown behind the progress bar, such as {"loss": "0.12"}
@@ -132,6 +134,7 @@ def denoise(
     cfg: float,
     *,
     guidance: Guidance | None = None,
+    velocity_of: VelocityFunction = guided_velocity,
     timer: Timer = no_timer,
     journal: Journal | None = None,
 ) -> Tensor:
@@ -139,6 +142,7 @@ def denoise(
 
     latents (1,16,F,h,w) float32, at scheduler.sigmas[0]; text, negative_text (1,L,text_dim); cfg: the scale of
     classifier-free guidance. Guidance changes the latents before each step; the timer sees stages "guide", "denoise".
+    velocity_of: computes each step's velocity, such as savings.SavedVelocity.
     journal: says at which step to begin, with which latents, and is told of every step that is done.
     -> latents (1,16,F,h,w) float32, at scheduler.sigmas[-1].
     Raises FloatingPointError, which names the step, if latents stop being finite.
@@ -156,7 +160,7 @@ def denoise(
                     latents = guidance.before_step(index, latents, sigma, timestep)
                 bar.set_postfix(guidance.status)
             with timer("denoise"):
-                velocity = guided_velocity(dit, latents, timestep, text, negative_text, cfg)
+                velocity = velocity_of(dit, latents, timestep, text, negative_text, cfg)
                 latents = scheduler.step(index, latents, velocity)
                 check_finite(latents, index, steps)
                 if journal is not None:

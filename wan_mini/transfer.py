@@ -21,6 +21,7 @@ from wan_mini.pipeline import (
     decode,
     denoise,
     encode,
+    guided_velocity,
     no_timer,
 )
 from wan_mini.prompts import encode_prompts
@@ -66,10 +67,9 @@ def transfer_with(
 ) -> Transfer:
     """Generate a video of `prompt` that moves like `clip`, by a method's guidance.
 
-    gradient: one of the guidance's gradients, for its memory; None: it has none. clip (T,H,W,3) uint8, T = 4k+1, H and
-    W multiples of 16. device: where `wan` works; None: where its transformer is. offload_blocks: keep only the blocks
-    at work there. recompute: one of dit.RECOMPUTE; None: the least that fits. on_latents gets the result before it is
-    decoded; journal keeps each step. Raises UserError on sizes that do not fit, FloatingPointError.
+    gradient: one of the guidance's, for its memory, or None. clip (T,H,W,3) uint8, T = 4k+1, H and W multiples of 16.
+    device: where `wan` works (where it is). offload_blocks: keep there only blocks at work. recompute: of dit.RECOMPUTE
+    (the least that fits). on_latents gets the undecoded result. Raises UserError on wrong sizes, FloatingPointError.
     """
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
@@ -88,6 +88,7 @@ def transfer_with(
                 recompute = choose_recompute(wan.dit, reference.shape, gradient, device, offload_blocks=offload_blocks)
             guidance = make_guidance(wan.dit, reference, noise, text, empty_text, config, recompute or "none")
         hooks: dict[str, Any] = {"guidance": guidance, "timer": timer, "journal": journal}
+        hooks["velocity_of"] = getattr(guidance, "velocity_of", guided_velocity)
         with closing(guidance):
             latents = denoise(wan.dit, latents, scheduler, text, negative_text, config.cfg, **hooks)
         with timer("flows"):

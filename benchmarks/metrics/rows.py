@@ -30,10 +30,11 @@ MEASURES = (
     "seconds",
     "peak_gb",
 )
-COLUMNS = ("clip", "kind", "method", "settings", *MEASURES)
+HEAD = ("clip", "kind", "method", "settings")
+COLUMNS = (*HEAD, *MEASURES)
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path, measures: Sequence[str] = MEASURES) -> list[Row]:
     """Rows of an earlier run, numbers as numbers, NaN where a cell is empty; none if there is no file yet.
 
     Raises UserError on a file with other columns.
@@ -43,22 +44,22 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != COLUMNS:
+        if tuple(reader.fieldnames or ()) != (*HEAD, *measures):
             raise UserError(f"{path} has other columns than this table: choose another --csv")
         for cells in reader:
             row: Row = dict(cells)
-            for name in MEASURES:
+            for name in measures:
                 row[name] = float(cells[name] or "nan")
             rows.append(row)
     return rows
 
 
-def append_rows(rows: Iterator[Row], path: Path) -> None:
+def append_rows(rows: Iterator[Row], path: Path, measures: Sequence[str] = MEASURES) -> None:
     """Write each row as soon as it is there, behind those of an earlier run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(file, (*HEAD, *measures), extrasaction="ignore")
         if new:
             writer.writeheader()
         for row in rows:

@@ -11,6 +11,7 @@ from wan_mini.device.flops import forward_flops
 from wan_mini.device.memory import MemoryPlan, estimate, memory_table
 from wan_mini.pipeline import SamplingConfig
 from wan_mini.runs.request import Method
+from wan_mini.savings import sampling_passes
 
 
 def plan_memory(
@@ -41,13 +42,13 @@ def print_costs(
     for part, module in parts.items():
         millions = sum(p.numel() for p in module.parameters()) / 1e6
         counts.append(f"{part} {millions:,.1f} M")
-    passes = 1 if config.cfg == 1 else 2
-    denoising = config.steps * passes * forward_flops(dit.config, tokens)
+    passes = sampling_passes(config)
+    denoising = passes * forward_flops(dit.config, tokens)
     print(f"model        {name}: {', '.join(counts)}")
     print(f"clip         {clip.frames} frames of {clip.width}x{clip.height} at {clip.fps:g} a second")
     print(f"tokens       {frames} x {rows} x {columns} = {tokens}")
     for line in method.costs(config, dit, grid):
         print(line)
-    print(f"denoising    {config.steps} steps of {passes} passes, {denoising / 1e12:,.1f} TFLOP")
+    print(f"denoising    {config.steps} steps, {passes} passes, {denoising / 1e12:,.1f} TFLOP")
     print(f"memory of a GPU in GB, weights in {dtype}, by what is offloaded and what a gradient recomputes:")
     print(memory_table(plan_memory(method, parts, clip, config, dtype)))

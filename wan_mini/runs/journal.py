@@ -16,6 +16,7 @@ from wan_mini.files import Unwritable
 from wan_mini.pipeline import Guidance
 from wan_mini.runs.folder import save_tensors
 
+STATE = "state."  # before the names of a guidance's tensors
 EVERY = 60.0  # seconds between two saves; a step is never cut
 PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
 
@@ -64,7 +65,11 @@ class Journal:
         if "latents" not in self.tensors:
             return 0, latents
         for name, value in self.history.items():
-            setattr(guidance, name, value)
+            getattr(guidance, name)[:] = value  # the same list: others may append to it, too
+        state = getattr(guidance, "state", {})
+        for name, tensor in self.tensors.items():
+            if name.startswith(STATE):
+                state[name.removeprefix(STATE)] = tensor.to(latents.device)
         return self.step, self.tensors["latents"].to(latents.device)
 
     def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
@@ -72,6 +77,8 @@ class Journal:
         self.step = step
         self.tensors["latents"] = latents
         self.history = {name: getattr(guidance, name) for name in getattr(guidance, "history", ())}
+        for name, tensor in getattr(guidance, "state", {}).items():
+            self.tensors[STATE + name] = tensor
         if step == steps or time.monotonic() - self._saved >= self.every:
             self._write()
 

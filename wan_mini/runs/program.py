@@ -24,7 +24,7 @@ from wan_mini.device.timing import StageTimer, announced
 from wan_mini.files import remove_partial
 from wan_mini.load import Wan, build_from_folder, build_preset, load_wan
 from wan_mini.pipeline import Transfer
-from wan_mini.runs.cli import refuse_flags
+from wan_mini.runs.cli import refuse_flags, with_options
 from wan_mini.runs.dry_run import plan_memory, print_costs
 from wan_mini.runs.finish import finish
 from wan_mini.runs.folder import (
@@ -111,6 +111,8 @@ def start(method: Method, args: Namespace, device: torch.device, ranks: OneProce
     with timer("plan"):
         name, parts, checkpoint = open_model(args.model)
         clip, config = method.load_preset(preset_folder(args.model, name), method.config)
+        if getattr(args, "preset", None) is not None:
+            config = with_options(config, method.presets[args.preset], "--preset")
         clip, config = apply_flags(args, clip, config)
         if checkpoint is not None and not args.dry_run:
             dtype = fit_dtype(parts, dtype, device, offload=args.offload, named=args.dtype is not None)

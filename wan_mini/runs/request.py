@@ -5,8 +5,8 @@ those of sampling, which every method shares.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Method:
     stage: str = "guide"  # under which the memory of its gradient is shown
     add_flags: Callable[[Parser], None] = add_no_flags  # flags of its own
     load_preset: Callable[[Path | None, Any], tuple[ClipConfig, Any]] = load_preset  # a folder's options
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options by the name that --preset takes
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ def build_parser(method: Method) -> Parser:
     if "amf" in field_names(config):
         options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
         options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
+    if method.presets:
+        text = "options by name, before those of --set: fast costs less than half, at a quality not yet measured"
+        options.add_argument("--preset", choices=list(method.presets), help=text)
     options.add_argument("--steps", type=int, help=f"denoising steps ({config.steps}; tiny 25)")
     names = ", ".join([*field_names(clip), *field_names(config)])
     text = f"any option of ClipConfig or {type(config).__name__}, pairs as lr=0.003,0.002: {names}"

@@ -1,0 +1,110 @@
+"""The studies: their clips by hand, their points, one clip of each with a stub, and (slow) with a random model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_frontier import copies
+
+import fastvmt
+from benchmarks.evaluate import clip_seeds
+from benchmarks.metrics.energy import EnergyMeter
+from benchmarks.metrics.points import MEASURES, Point, first_frames, reduced, settings_of_point
+from benchmarks.metrics.rows import read_rows
+from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
+from benchmarks.studies.clips import CUT, GRAY, OCCLUDER, frames_at, occluded, played, with_cut
+from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.tiny.world import make_clip
+
+STUDIES = [blocks, cuts, energy, interval, length, schedule, speed]
+
+
+def test_speeds_by_hand():
+    assert frames_at(1.0) == list(range(33)) and frames_at(0.5, 6) == [0, 0, 1, 1, 2, 2]
+    assert frames_at(3.0)[:13] == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 31, 28]
+    assert frames_at(2.0)[16:19] == [32, 30, 28] and frames_at(1.0, 81)[31:35] == [31, 32, 31, 30]
+    fast = played(frames_at(2.0))(1, "single", "train")
+    usual = make_clip(1, "single")
+    assert np.array_equal(fast.frames[:17], usual.frames[::2]) and np.array_equal(
+        fast.tracks[:, :17], usual.tracks[:, ::2]
+    )
+    assert np.array_equal(fast.frames[32], usual.frames[0])
+
+
+def test_cuts_and_occluders_leave_the_truth_alone():
+    clip, cut, hidden = (make(3, "single", "train") for make in (make_clip, with_cut, occluded))
+    assert np.array_equal(cut.frames[:CUT], clip.frames[:CUT]) and not np.array_equal(
+        cut.frames[CUT:], clip.frames[CUT:]
+    )
+    changed = (hidden.frames != clip.frames).any((0, 1, 3))
+    assert changed[OCCLUDER].all() and changed.sum() == 40 and (hidden.frames[:, :, OCCLUDER] == GRAY).all()
+    for other in (cut, hidden):
+        assert np.array_equal(other.tracks, clip.tracks) and other.caption == clip.caption
+    part = first_frames(clip, CUT)
+    assert len(part.frames) == part.tracks.shape[1] == part.visible.shape[1] == CUT
+    assert first_frames(clip, None).frames is not None and len(first_frames(clip, None).frames) == 33
+
+
+def test_twice_the_grid_comes_back():
+    frames = make_clip(1, frames=[0, 5]).frames
+    large = frames.repeat(2, axis=1).repeat(2, axis=2)
+    assert np.array_equal(reduced(large, 2), frames) and reduced(frames, 1) is frames
+    large[0, 0, 0] += 4  # one pixel of four
+    assert (reduced(large, 2)[0, 0, 0] - frames[0, 0, 0]).tolist() == [1, 1, 1]
+
+
+def test_the_meter_counts_on_when_its_counter_wraps(tmp_path):
+    package = tmp_path / "intel-rapl:0"
+    package.mkdir()
+    (package / "max_energy_range_uj").write_text("10000000\n")
+    (package / "energy_uj").write_text("9000000\n")
+    (tmp_path / "intel-rapl:0:0").mkdir()  # a part of the package, not counted twice
+    meter = EnergyMeter(tmp_path)
+    (package / "energy_uj").write_text("9500000\n")
+    assert meter.joules() == pytest.approx(0.5)
+    (package / "energy_uj").write_text("2000000\n")
+    assert meter.joules() == pytest.approx(3.0)
+    assert np.isnan(EnergyMeter(tmp_path / "none").joules())
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.split(".")[-1])
+def test_a_study_says_what_it_expects_and_runs(study, tmp_path, monkeypatch, capsys):
+    """Its first and last point on one clip, with a transfer that copies the reference."""
+    words = study.__doc__.split()
+    assert len(words) <= 150 and "Hypothesis, written before any run." in " ".join(words) and "Limit:" in words
+    points = study.points()
+    settings = [settings_of_point(point, {}) for point in points.values()]
+    assert len(points) >= 3 and len(set(settings)) >= 0.7 * len(points)  # the preset may be one of its variations
+    calls = []
+    monkeypatch.setattr(fastvmt, "transfer", copies(calls))
+    names = [list(points)[0], list(points)[-1]]
+    file = tmp_path / "rows.csv"
+    flags = ["--clips", "1", "--device", "cpu", "--csv", str(file), "--points", *names]
+    study.program(flags)
+    study.program(flags)  # goes on: nothing is left to do
+    assert len(calls) == 2 and calls[0][0] == clip_seeds(0, 1)[0][0]
+    rows = read_rows(file, MEASURES)
+    assert [row["method"] for row in rows] == names and all(row["correlation"] > 0.5 for row in rows)
+    assert f"| {names[1]} | 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.__name__.split(".")[-1])
+def test_a_study_with_a_model(study, folder, tmp_path, monkeypatch):
+    """The same with the small random model, in two steps."""
+    copy = Path(shutil.copytree(folder, tmp_path / "model"))
+    shutil.copyfile(CHECKPOINT / "motion.json", copy / "motion.json")
+    few = {"steps": 2, "guidance_fraction": 0.5, "optim_steps": 2, "cfg": 1.0}
+    points = {}
+    for name, point in study.points().items():
+        config = type(point.config)(**{**vars(point.config), **few})
+        points[name] = Point(config, point.clip_of, point.clip_name, point.scored, point.scale)
+    monkeypatch.setattr(study, "points", lambda: points)
+    names = [list(points)[0], list(points)[-1]]
+    file = tmp_path / "rows.csv"
+    study.program(["--model", str(copy), "--clips", "1", "--device", "cpu", "--csv", str(file), "--points", *names])
+    rows = read_rows(file, MEASURES)
+    assert [row["method"] for row in rows] == names and all(row["denoising_gflop"] > 0 for row in rows)
+    assert json.loads((copy / "motion.json").read_text())
