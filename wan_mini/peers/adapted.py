@@ -33,7 +33,7 @@ from wan_mini.peers.fit import FitConfig
 from wan_mini.peers.flow import clean_flow
 from wan_mini.peers.methods import METHODS, gradient_of, name_of, trains
 from wan_mini.peers.plan import FrameSets
-from wan_mini.pipeline import Timer, Transfer, decode, denoise, no_timer
+from wan_mini.pipeline import Journal, Timer, Transfer, decode, denoise, no_timer
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
 
@@ -52,6 +52,7 @@ def transfer(
     recompute: str | None = None,
     timer: Timer = no_timer,
     on_latents: Callable[[Transfer], None] | None = None,
+    journal: Journal | None = None,
     save: Path | None = None,
     load: Path | None = None,
     check: bool = False,
@@ -60,6 +61,7 @@ def transfer(
 
     Other arguments and errors: as for fastvmt.transfer. save: file for the adapters, beside which a stopped training
     waits to go on; load: take those of a file. check: make the reference's own video too, Transfer.others["rebuilt"].
+    journal: keeps each step, and what was trained.
     """
     device = wan.device if device is None else torch.device(device)
     config, loaded = read_adapters(wan, config, load)
@@ -67,17 +69,18 @@ def transfer(
         prompts = [prompt, config.negative, "", ref_prompt]
         text, negative, empty, caption = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
     with timer("encode"), on_device(wan.vae, device), exact_float32(device):
-        clips = encode_clips(wan, clip, training_clips(config, len(clip), loaded), device, config.vae_tile)
+        clips = encode_clips(wan, clip, training_clips(config, len(clip), loaded), device, config.vae_tile, journal)
     (reference,) = clips["whole"]
     with ExitStack() as stack:
         with timer("move"):
             stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
         with timer("fit"):
             recompute = recompute or least_recompute(wan, reference, config, device, offload_blocks)
-            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save)
+            state = None if journal is None else journal.beside(".fit")
+            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save, state)
             parts, report = adapt(wan, clips, caption, config, training, loaded)
         sample = partial(sample_video, wan, reference, parts, negative, config, seed, timer)
-        latents = sample(text)
+        latents = sample(text, journal)
         others = {"rebuilt": sample(caption)} if check and trains(config) else {}
         with timer("flows"):
             flows = clean_flow(wan.dit, reference, empty), clean_flow(wan.dit, latents, empty)
@@ -118,10 +121,11 @@ def sample_video(
     seed: int,
     timer: Timer,
     text: Tensor,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Latents (1,16,F,h,w) of a video, with the parts attached in both passes of classifier-free guidance."""
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
     noise = wan.start_noise(reference.shape, seed, config.key).to(reference.device)
     start = scheduler.start_latents(reference, noise)
     with attached(wan.dit, *cast(Sequence[Attachable], parts)):
-        return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer)
+        return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer, journal=journal)

@@ -20,6 +20,8 @@ from wan_mini.peers.flow import Grid, clean_flow
 class PeerGuidance:
     """A training-free peer, which is a wan_mini.pipeline.Guidance: Adam lowers `distance` before each guided step."""
 
+    history: tuple[str, ...] = ("losses", "gradient_norms")
+
     def __init__(
         self,
         dit: WanDiT,

@@ -54,6 +54,7 @@ class Target(NamedTuple):
 class MotionClone(AttentionGuidance):
     """Lowers the squared difference of attention at the entries that are largest in the reference."""
 
+    history = (*AttentionGuidance.history, "pending", "self_share")
     self_share = 0.0  # of the reference's largest entries, how many are a frame's own
     pending: Tensor | None = None  # score update: what the last step still has to subtract, but for its end's sigma
 

@@ -17,6 +17,7 @@ from wan_mini.pipeline import Guidance
 from wan_mini.runs.folder import save_tensors
 
 EVERY = 60.0  # seconds between two saves; a step is never cut
+OF_RUN = ("reference", "latents")  # tensors; any other is the guidance's
 PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
 
 
@@ -63,15 +64,24 @@ class Journal:
         """The step to go on with and its latents, on the device of those given, which are the start's."""
         if "latents" not in self.tensors:
             return 0, latents
-        for name, value in self.history.items():
+        of_guidance = {name: value.to(latents.device) for name, value in self.tensors.items() if name not in OF_RUN}
+        for name, value in (self.history | of_guidance).items():
             setattr(guidance, name, value)
         return self.step, self.tensors["latents"].to(latents.device)
+
+    def beside(self, suffix: str) -> Path:
+        """A file for what a method keeps itself: it lasts as long as the state."""
+        return self.path.with_suffix(suffix)
 
     def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
         """Note that `step` of `steps` are done; save it once a minute, and at the end."""
         self.step = step
+        self.tensors = {name: value for name, value in self.tensors.items() if name in OF_RUN}
         self.tensors["latents"] = latents
-        self.history = {name: getattr(guidance, name) for name in getattr(guidance, "history", ())}
+        self.history = {}
+        for name in getattr(guidance, "history", ()):
+            value = getattr(guidance, name)
+            (self.tensors if isinstance(value, Tensor) else self.history)[name] = value
         if step == steps or time.monotonic() - self._saved >= self.every:
             self._write()
 

@@ -5,8 +5,8 @@ those of sampling, which every method shares.
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Method:
     stage: str = "guide"  # under which the memory of its gradient is shown
     add_flags: Callable[[Parser], None] = add_no_flags  # flags of its own
     load_preset: Callable[[Path | None, Any], tuple[ClipConfig, Any]] = load_preset  # a folder's options
+    flags: Mapping[str, Any] = field(default_factory=dict)  # values of its own flags, for run.json
 
 
 @dataclass(frozen=True)
