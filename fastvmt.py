@@ -28,7 +28,7 @@ from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import run
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method
-from wan_mini.transfer import transfer_with
+from wan_mini.transfer import ReferenceGuidance, transfer_with
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
 
@@ -95,7 +95,7 @@ class Target(NamedTuple):
     centers: Tensor | None  # (pairs,tiles,2) of both videos' windows; None: each video's own, or no windows
 
 
-class FastVMT:
+class FastVMT(ReferenceGuidance):
     """Optimizes the latents before the first denoising steps until their motion flow is the reference's.
 
     A wan_mini.pipeline.Guidance. The reference is read without a prompt, the latents with theirs. Both carry the same
@@ -103,31 +103,13 @@ class FastVMT:
     """
 
     history = ("losses", "key_gradient_norms")  # grow with the guided steps
+    config: MotionConfig
 
-    def __init__(
-        self,
-        dit: WanDiT,
-        reference: Tensor,
-        noise: Tensor,
-        text: Tensor,
-        empty_text: Tensor,
-        config: MotionConfig,
-        recompute: str = "none",
-    ):
-        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
-        self.dit = dit
-        self.reference = reference
-        self.noise = noise
-        self.text = text
-        self.empty_text = empty_text
-        self.config = config
-        self.recompute = recompute
-        self.block = config.block_of(dit)
-        self.grid = dit.grid(reference)
+    def prepare(self) -> None:
+        """Pairs of frames; and, once per run, centers and target from the reference without noise."""
+        config = self.config
         self.pairs = frame_pairs(self.grid[0], config.span)
         self.next_pairs = frame_pairs(self.grid[0], 1)
-        self.status: dict[str, str] = {}
-        self.losses: list[list[float]] = []  # of each guided step, at each gradient
         self.key_gradient_norms: list[dict[str, float]] = []  # of each guided step, at its first gradient
         self.clean_centers: Tensor | None = None
         self.clean_target: Target | None = None
@@ -135,7 +117,7 @@ class FastVMT:
         targeted = config.amf != "none" and config.reference == "clean"
         if anchored or targeted:  # once per run, from the reference without noise
             with torch.no_grad():
-                q, k = self.queries_keys(reference, torch.zeros(()), empty_text)
+                q, k = self.queries_keys(self.reference, torch.zeros(()), self.empty_text)
                 if anchored:
                     self.clean_centers = self.centers(q, k)
                 if targeted:
@@ -187,11 +169,6 @@ class FastVMT:
             return amf, k.new_zeros(())
         return amf, window_loss(k, self.grid, self.pairs, windows)
 
-    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the block, (1,N,M,D) each, for latents (1,16,F,h,w) and a timestep () in [0,1000]."""
-        recompute = self.recompute if latents.requires_grad else "none"
-        return self.dit(latents, timestep.reshape(1), text, qk_block=self.block, recompute=recompute)
-
     def centers(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile is found in the other frame (Eq. 1, 4), (pairs,tiles,2) in tokens."""
         c = self.config
@@ -211,9 +188,6 @@ class FastVMT:
         c = self.config
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
         return windowed_amf(q, k, self.grid, self.next_pairs, tau=c.tau, tile=c.tile, window=c.window)[0]
-
-    def close(self) -> None:
-        """Nothing to undo: the transformer is only read."""
 
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
