@@ -147,6 +147,9 @@ def test_an_embedding_goes_through_the_layers(dit):
         for name, embedding in (("q", time), ("k", time), ("v", place)):
             layer = getattr(attention, name)
             torch.testing.assert_close(layer(x), plain[name] + embedding @ layer.weight.T, rtol=1e-5, atol=1e-5)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])  # of a frame's positions: q and k do not know them, v does
+    by_frame = [of(1, FRAMES * SIZE).unflatten(0, (FRAMES, SIZE)) for of in (part.of_qk, part.of_v)]
+    assert [torch.equal(x[:, order], x) for x in by_frame] == [True, False]
     still = filled("place")
     torch.testing.assert_close(still.of_v(0, FRAMES * SIZE), still.v[0, 0].repeat(FRAMES, 1))
 

@@ -206,6 +206,8 @@ def test_the_loss_is_denoising_and_motion():
         assert motion_loss(prediction, kind) == plain + frame_difference_loss(v, target, kind=kind)
     clean, predicted = noised - 0.8 * target, noised - 0.8 * v
     assert motion_loss(prediction, "clean") == plain + frame_difference_loss(predicted, clean)
+    mirrored = Prediction((noised + clean) / 0.8, target, noised, 0.8, None)  # predicts the negative of the clean clip
+    assert (motion_loss(mirrored, "clean") - denoising_loss(mirrored)).item() == pytest.approx(2, abs=1e-5)
 
 
 # The stages.
