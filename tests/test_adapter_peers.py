@@ -95,6 +95,7 @@ def test_each_pass_of_motiondirector_trains_its_own(dit, text, clips):
     assert (stage.steps, stage.lr, stage.decay, p.strengths) == (2, 1e-2, 1e-2, (0.0, 1.0))
     assert still.clips == clips["spatial"] and moving.clips == clips["temporal"]
     assert len(p.parts["spatial"]) == len(p.parts["temporal"]) == 8
+    assert not still.frozen and moving.frozen == (p.parts["spatial"],)
     rng = np.random.default_rng(0)
     gradients_of(dit, still, text, rng, 5.0, "none")
     assert all(w.grad is None for w in p.parts["temporal"].parameters())

@@ -138,7 +138,7 @@ def test_rules_and_controls():
 def test_sparse_frames():
     assert list(sparse_frames(81, 5)) == [*range(0, 81, 5)] and len(sparse_frames(81, 5)) == 17
     assert list(sparse_frames(33, 2)) == [*range(0, 33, 2)]
-    for frames, stride in ((81, 3), (81, 10 * 3), (33, 5)):
+    for frames, stride in ((81, 3), (81, 10 * 3), (33, 5), (81, 8)):  # 8 leaves 11 frames, which are not 4m+1
         with pytest.raises(UserError, match=f"must leave 4m.1 of {frames} frames, got {stride}: try 1, 2,"):
             sparse_frames(frames, stride)
 

@@ -42,7 +42,12 @@ class Training:
     recompute: str  # one of dit.RECOMPUTE
     described: Mapping[str, Any]  # what it depends on besides: a run that was stopped goes on where all of it is equal
     save: Path | None = None  # file for the adapters, beside which the state of a training waits
-    state: Path | None = None  # file in the run's folder, in which what was trained stays until the run ends
+    journal: Journal | None = None  # of the run, beside which what was trained stays until the run ends
+
+    @property
+    def state(self) -> Path | None:
+        """The file in the run's folder."""
+        return None if self.journal is None else self.journal.beside(".fit")
 
     def path(self) -> Path | None:
         """Where the state of the training is."""

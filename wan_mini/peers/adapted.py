@@ -61,7 +61,6 @@ def transfer(
 
     Other arguments and errors: as for fastvmt.transfer. save: file for the adapters, beside which a stopped training
     waits to go on; load: take those of a file. check: make the reference's own video too, Transfer.others["rebuilt"].
-    journal: keeps each step, and what was trained.
     """
     device = wan.device if device is None else torch.device(device)
     config, loaded = read_adapters(wan, config, load)
@@ -76,8 +75,7 @@ def transfer(
             stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
         with timer("fit"):
             recompute = recompute or least_recompute(wan, reference, config, device, offload_blocks)
-            state = None if journal is None else journal.beside(".fit")
-            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save, state)
+            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save, journal)
             parts, report = adapt(wan, clips, caption, config, training, loaded)
         sample = partial(sample_video, wan, reference, parts, negative, config, seed, timer)
         latents = sample(text, journal)
@@ -87,11 +85,15 @@ def transfer(
     result = Transfer(latents, flows, {"ref_prompt": ref_prompt, "recompute": recompute, **report})
     if on_latents is not None:
         on_latents(result)
-    show = partial(decode, wan.vae, tile=config.vae_tile, dtype=wan.dtype)
     with timer("decode"), on_device(wan.vae, device):
-        result.frames = show(latents)
-        result.others = {name: show(video) for name, video in others.items()}
+        result.frames = frames_of(wan, latents, config)
+        result.others = {name: frames_of(wan, video, config) for name, video in others.items()}
     return result
+
+
+def frames_of(wan: Wan, latents: Tensor, config: FitConfig) -> np.ndarray:
+    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8."""
+    return decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
 
 
 def training_clips(config: FitConfig, frames: int, loaded: Loaded | None) -> FrameSets:
