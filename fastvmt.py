@@ -27,7 +27,7 @@ from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import run
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method
-from wan_mini.savings import SavingGuidance, SavingsConfig, cost_lines, rates_of, thinned, token_subset
+from wan_mini.savings import SavingGuidance, SavingsConfig, cost_lines, rates_of, token_subset
 from wan_mini.transfer import transfer_with
 from window import dense_amf, frame_pairs, tile_centers, windowed_amf
 
@@ -109,25 +109,11 @@ class FastVMT(SavingGuidance):
     noise, so that the flows of two equally noisy clips are compared; unless config.reference is "clean".
     """
 
-    def __init__(
-        self,
-        dit: WanDiT,
-        reference: Tensor,
-        noise: Tensor,
-        text: Tensor,
-        empty_text: Tensor,
-        config: MotionConfig,
-        recompute: str = "none",
-    ):
-        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
-        super().__init__(dit, config, config.block_of(dit), dit.grid(reference))
-        self.reference = reference
-        self.noise = noise
-        self.text = text
-        self.empty_text = empty_text
-        self.config: MotionConfig = thinned(config)
-        self.recompute = recompute
-        self.status: dict[str, str] = {}
+    config: MotionConfig
+
+    def prepare(self) -> None:
+        """The tokens that the guidance sees; and, once per run, what the reference without noise gives."""
+        super().prepare()
         self.clean_centers: Tensor | None = None
         self.clean: dict[tuple[int, int, int], tuple[Tensor | None, Target | None]] = {}  # by the first token
         self.choose_tokens(0)
@@ -217,12 +203,6 @@ class FastVMT(SavingGuidance):
             return amf, k.new_zeros(())
         return amf, window_loss(k, self.grid, self.pairs, windows)
 
-    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys of the block, (1,N,M,D) each, for latents (1,16,F,h,w) and a timestep () in [0,1000]."""
-        recompute = self.recompute if latents.requires_grad else "none"
-        at = timestep.reshape(1)
-        return self.dit(latents, at, text, qk_block=self.block, recompute=recompute, tokens=self.tokens)
-
     def centers(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile is found in the other frame (Eq. 1, 4), (pairs,tiles,2) in tokens."""
         c = self.config
@@ -244,9 +224,6 @@ class FastVMT(SavingGuidance):
         self.tokens = None
         q, k = self.queries_keys(latents, torch.zeros(()), self.empty_text)
         return windowed_amf(q, k, grid, frame_pairs(grid[0], 1), tau=c.tau, tile=c.tile, window=c.window)[0]
-
-    def close(self) -> None:
-        """Nothing to undo: the transformer is only read."""
 
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""

@@ -28,7 +28,7 @@ class Check:
 
     def __call__(self, fn: Callable) -> Callable:
         try:
-            results = [fn(*deepcopy(case)) for case in self.cases]  # a function may change what it gets
+            results = [called(fn, case) for case in self.cases]
         except NotImplementedError:
             print(f"{fn.__name__} is still to be written. The notebook goes on with the course's version.")
             return self.answer
@@ -39,23 +39,38 @@ class Check:
             if self.same(results, mistake):
                 raise WrongAnswer(f"not yet: {diagnosis}")
         for case, result in zip(self.cases, results):
-            target = self.answer(*case)
+            target = called(self.answer, case)
             if not equal(result, target):
                 raise WrongAnswer(f"not yet: for {case} the result is {result}, it should be {target}")
         raise WrongAnswer("not yet: the result is another one each time")
 
     def same(self, results: Sequence[Any], function: Callable) -> bool:
         """Whether a function gives these results for the cases."""
-        return all(equal(result, function(*case)) for result, case in zip(results, self.cases))
+        return all(equal(result, called(function, case)) for result, case in zip(results, self.cases))
+
+
+def called(function: Callable, case: tuple) -> Any:
+    """What a function gives for a case. It may change what it gets, and draws the same random numbers each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return function(*deepcopy(case))
 
 
 def equal(result: Any, target: Any) -> bool:
-    """Whether two numbers or tensors have one shape and the same values, to 1e-5; None equals nothing."""
+    """Whether two numbers, tensors or linear layers have one shape and equal values, to 1e-5; None equals nothing."""
     if result is None:  # the function has no return
         return False
-    first = torch.as_tensor(result).double()
-    second = torch.as_tensor(target).double()
+    first = numbers(result)
+    second = numbers(target)
     return first.shape == second.shape and torch.allclose(first, second, atol=1e-5)
+
+
+def numbers(result: Any) -> torch.Tensor:
+    """A number, a tensor, or a linear layer (its weight, and its bias as one more column) in float64."""
+    if isinstance(result, torch.nn.Linear):
+        bias = torch.zeros(result.out_features) if result.bias is None else result.bias
+        return torch.cat([result.weight, bias[:, None]], dim=1).detach().double()
+    return torch.as_tensor(result).double()
 
 
 def normal(*shape: int) -> torch.Tensor:
@@ -350,5 +365,91 @@ check_13 = Check(
             lambda x, heads: x.unflatten(2, (-1, heads)).mean(3)
         ),
         "this is the sum of the heads, not their mean": lambda x, heads: x.unflatten(2, (heads, -1)).sum(2),
+    },
+)
+
+
+def change_distance(means: torch.Tensor, reference: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
+    """1 minus the mean cosine of the changes from frame to frame, self pairs left out; anchors: None for `means`."""
+    frames = len(means)
+    change = means - (means if anchors is None else anchors)[:, None]  # (F,C), (F,1,C) -> (F,F,C)
+    target = reference - reference[:, None]
+    cosines = F.cosine_similarity(change, target, dim=-1)  # -> (F,F)
+    return 1 - cosines[~torch.eye(frames, dtype=torch.bool)].mean()
+
+
+def over_time(means: torch.Tensor, reference: torch.Tensor, anchors: torch.Tensor | None = None) -> torch.Tensor:
+    """The same with cosines over time, channel by channel."""
+    change = means - (means if anchors is None else anchors)[:, None]
+    target = reference - reference[:, None]
+    return 1 - F.cosine_similarity(change, target, dim=1).mean()  # (F,F,C) -> (F,C)
+
+
+def with_self_pairs(means: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """The same with the pairs of a frame with itself, whose cosine counts 0."""
+    change = means - means[:, None]
+    target = reference - reference[:, None]
+    return 1 - F.cosine_similarity(change, target, dim=-1).mean()
+
+
+check_14 = Check(
+    change_distance,
+    [(normal(4, 6), normal(4, 6)), (normal(3, 5), normal(3, 5))],
+    {
+        "both mistakes of the port at once: another video's anchor, and cosines over time": (
+            lambda means, reference: over_time(means, reference, reference)
+        ),
+        "the generated video's changes start at the reference's frame i. Each video has anchors of its own": (
+            lambda means, reference: change_distance(means, reference, reference)
+        ),
+        "this cosine runs over time, channel by channel. A direction is one of all channels together": over_time,
+        "a frame's change to itself is zero and has no direction. Leave these pairs out": with_self_pairs,
+        "this is the mean cosine. It is largest for equal motion, so the distance is 1 minus it": (
+            lambda means, reference: 1 - change_distance(means, reference)
+        ),
+    },
+)
+
+
+def layer_of(weight: torch.Tensor, bias: torch.Tensor | None) -> torch.nn.Linear:
+    """A linear layer with this weight; bias None: the random one of a new layer."""
+    with torch.random.fork_rng(devices=[]):  # an import draws no random numbers
+        layer = torch.nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data = weight.clone()
+    if bias is not None:
+        layer.bias.data = bias.clone()
+    return layer
+
+
+check_14b = Check(
+    lambda layer, rows: layer_of(layer.weight[rows], layer.bias[rows]),
+    [
+        (layer_of(normal(4, 6), normal(4)), torch.tensor([True, False, True, True])),
+        (layer_of(normal(4, 4), normal(4)), POSITIONS[:4, 1] > 1),
+    ],
+    {
+        "the published mistake: a new layer has a random bias. Copy the bias as well as the weight": (
+            lambda layer, rows: layer_of(layer.weight[rows], None)
+        ),
+        "the bias is left out, or zero. It belongs to the output": (
+            lambda layer, rows: layer_of(layer.weight[rows], torch.zeros(int(rows.sum())))
+        ),
+        "these are the first biases, not those of the chosen outputs": (
+            lambda layer, rows: layer_of(layer.weight[rows], layer.bias[: int(rows.sum())])
+        ),
+    },
+)
+
+check_14c = Check(
+    lambda labels, order: labels.flatten()[order].view_as(labels),
+    [(torch.rand(3, 4, generator=rng) < 0.4, torch.randperm(12, generator=rng)) for _ in range(2)],
+    {
+        "this turns every label over. A control must have as many temporal heads as before": lambda labels, order: (
+            ~labels
+        ),
+        "whole blocks have changed their order. Shuffle all heads of all blocks together": (
+            lambda labels, order: labels[order[order < len(labels)]]
+        ),
+        "give the labels the shape (blocks, heads) again": lambda labels, order: labels.flatten()[order],
     },
 )

@@ -398,12 +398,75 @@ def gradient_reuse() -> Drawing:
     return d
 
 
+def neighbors() -> Drawing:
+    """Where the methods of motion transfer read the transformer, and where they change it."""
+    d = Drawing(
+        1120,
+        600,
+        "Where nine methods read and change the transformer",
+        "Latents pass through block 0, the blocks before block b, block b, and the blocks after it, and become a "
+        "velocity. Methods without training read in the middle: space-time features and MOFT read the stream that "
+        "enters block b, FastVMT, DiTFlow and MotionClone its queries and keys, FlowMotion the clean prediction at "
+        "the end. Their gradient changes the latents. Methods with training add small parts to every block: adapters "
+        "at heads, embeddings at the inputs of q, k and v, convolutions behind the self-attention. Their gradient "
+        "changes these parts.",
+    )
+    d.text(20, 34, "Without training: read, compare, change the latents", 18, "start", bold=True)
+    d.box(20, 250, 110, 70, "latents\nx", "data")
+    d.arrow((130, 285), (170, 285))
+    d.box(170, 250, 110, 70, "block 0")
+    d.arrow((280, 285), (320, 285))
+    d.box(320, 250, 150, 70, "blocks 1 to b-1")
+    d.arrow((470, 285), (550, 285))
+    d.text(510, 306, "stream", size=13)
+    d.box(550, 250, 150, 70, "block b\nq, k")
+    d.arrow((700, 285), (740, 285))
+    d.box(740, 250, 150, 70, "blocks b+1 ...")
+    d.arrow((890, 285), (930, 285))
+    d.box(930, 250, 170, 70, "velocity v\nx0 = x - sigma v", "data")
+    d.box(140, 130, 170, 64, "DiTFlow: the first\nK and V become\nthe reference's", "reuse", size=14)
+    d.arrow((225, 194), (225, 250), kind="reuse")
+    d.arrow((492, 285), (492, 194), kind="method")
+    d.box(330, 130, 180, 64, "SMM: frame means\nMOFT: channels", "method", size=14)
+    d.arrow((625, 250), (625, 194), kind="method")
+    d.box(526, 130, 198, 64, "FastVMT, DiTFlow: flow\nMotionClone: frame maps", "method", size=14)
+    d.arrow((1015, 250), (1015, 194), kind="method")
+    d.box(920, 130, 180, 64, "FlowMotion: x0 itself\nno backward pass", "method", size=14)
+    d.arrow((420, 130), (420, 90), (75, 90), (75, 250), kind="method")
+    d.arrow((625, 130), (625, 90), (420, 90), kind="method", head=False)
+    d.text(250, 80, "gradient of a distance to the reference", size=14)
+    d.arrow((1015, 130), (1015, 60), (40, 60), (40, 250), kind="method")
+    d.text(830, 80, "gradient through x0 alone", size=14)
+    d.box(160, 360, 740, 130, kind="frame")
+    d.text(176, 386, "small parts in every block, trained on the one reference", 15, "start", bold=True)
+    d.box(
+        176,
+        400,
+        232,
+        76,
+        "adapters at q, k, v, o\nFollow-Your-Motion: by head\nMotionDirector: all",
+        "condition",
+        size=14,
+    )
+    d.box(420, 400, 220, 76, "embeddings at the inputs\nof q, k and v\nMotionInversion", "condition", size=14)
+    d.box(660, 400, 220, 76, "convolution over time\nafter self-attention\nDeT", "condition", size=14)
+    for x in (225, 395, 625, 815):
+        d.arrow((x, 360), (x, 320), kind="condition")
+    d.arrow((1015, 320), (1015, 530), (530, 530), (530, 490), kind="condition")
+    d.text(770, 520, "gradient of the denoising loss", size=14)
+    d.text(
+        20, 580, "With training: the weights of the model stay, the small parts learn the clip", 18, "start", bold=True
+    )
+    return d
+
+
 DIAGRAMS: dict[str, Callable[[], Drawing]] = {
     "dit_block": dit_block,
     "causal_vae": causal_vae,
     "sampler": sampler,
     "tiles_and_windows": tiles_and_windows,
     "gradient_reuse": gradient_reuse,
+    "neighbors": neighbors,
 }
 
 

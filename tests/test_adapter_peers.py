@@ -95,6 +95,7 @@ def test_each_pass_of_motiondirector_trains_its_own(dit, text, clips):
     assert (stage.steps, stage.lr, stage.decay, p.strengths) == (2, 1e-2, 1e-2, (0.0, 1.0))
     assert still.clips == clips["spatial"] and moving.clips == clips["temporal"]
     assert len(p.parts["spatial"]) == len(p.parts["temporal"]) == 8
+    assert not still.frozen and moving.frozen == (p.parts["spatial"],)
     rng = np.random.default_rng(0)
     gradients_of(dit, still, text, rng, 5.0, "none")
     assert all(w.grad is None for w in p.parts["temporal"].parameters())
@@ -147,6 +148,9 @@ def test_an_embedding_goes_through_the_layers(dit):
         for name, embedding in (("q", time), ("k", time), ("v", place)):
             layer = getattr(attention, name)
             torch.testing.assert_close(layer(x), plain[name] + embedding @ layer.weight.T, rtol=1e-5, atol=1e-5)
+    order = torch.tensor([3, 0, 5, 1, 2, 4])  # of a frame's positions: q and k do not know them, v does
+    by_frame = [of(1, FRAMES * SIZE).unflatten(0, (FRAMES, SIZE)) for of in (part.of_qk, part.of_v)]
+    assert [torch.equal(x[:, order], x) for x in by_frame] == [True, False]
     still = filled("place")
     torch.testing.assert_close(still.of_v(0, FRAMES * SIZE), still.v[0, 0].repeat(FRAMES, 1))
 

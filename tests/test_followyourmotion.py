@@ -138,7 +138,7 @@ def test_rules_and_controls():
 def test_sparse_frames():
     assert list(sparse_frames(81, 5)) == [*range(0, 81, 5)] and len(sparse_frames(81, 5)) == 17
     assert list(sparse_frames(33, 2)) == [*range(0, 33, 2)]
-    for frames, stride in ((81, 3), (81, 10 * 3), (33, 5)):
+    for frames, stride in ((81, 3), (81, 10 * 3), (33, 5), (81, 8)):  # 8 leaves 11 frames, which are not 4m+1
         with pytest.raises(UserError, match=f"must leave 4m.1 of {frames} frames, got {stride}: try 1, 2,"):
             sparse_frames(frames, stride)
 
@@ -206,6 +206,8 @@ def test_the_loss_is_denoising_and_motion():
         assert motion_loss(prediction, kind) == plain + frame_difference_loss(v, target, kind=kind)
     clean, predicted = noised - 0.8 * target, noised - 0.8 * v
     assert motion_loss(prediction, "clean") == plain + frame_difference_loss(predicted, clean)
+    mirrored = Prediction((noised + clean) / 0.8, target, noised, 0.8, None)  # predicts the negative of the clean clip
+    assert (motion_loss(mirrored, "clean") - denoising_loss(mirrored)).item() == pytest.approx(2, abs=1e-5)
 
 
 # The stages.

@@ -41,7 +41,6 @@ prose = pytest.mark.parametrize("path", [*LESSONS, *APPENDICES], ids=lambda path
 every = pytest.mark.parametrize(
     "path", [*LESSONS, *APPENDICES, *SOLUTIONS], ids=lambda path: f"{path.parent.name}-{path.stem}"
 )
-MISTAKES = [(path, mistake) for path in LESSONS for mistake in getattr(checks, f"check_{path.stem[:2]}").mistakes]
 
 
 def cells(path: Path, kind: str) -> list[dict]:
@@ -52,12 +51,21 @@ def text(path: Path, kind: str) -> str:
     return "\n\n".join("".join(cell["source"]) for cell in cells(path, kind))
 
 
-def exercise(path: Path) -> tuple[str, str]:
-    """The cell in which a student writes or a solution is, up to its check: the definition, and the check's line."""
-    found = ["".join(c["source"]) for c in cells(path, "code") if "exercise" in c["metadata"].get("tags", ())]
-    assert len(found) == 1
-    check = re.search(r"^\w+ = check_\d\d\(\w+\)$", found[0], re.M)
-    return found[0][: check.start()], check[0]
+def exercises(path: Path) -> dict[str, tuple[str, str]]:
+    """By check, the cells in which students write or solutions are, up to the check: definition, the check's line."""
+    found = {}
+    for cell in cells(path, "code"):
+        if "exercise" in cell["metadata"].get("tags", ()):
+            source = "".join(cell["source"])
+            line = re.search(r"^\w+ = (check_\d\d[a-z]?)\(\w+\)$", source, re.M)
+            found[line[1]] = source[: line.start()], line[0]
+    return found
+
+
+# (notebook, name of the check), and with each wrong answer
+EXERCISES = [(path, name) for path in LESSONS for name in exercises(path)]
+MISTAKES = [(*exercise, mistake) for exercise in EXERCISES for mistake in getattr(checks, exercise[1]).mistakes]
+filled = pytest.mark.parametrize(("path", "name"), EXERCISES, ids=[name for _, name in EXERCISES])
 
 
 @every
@@ -130,32 +138,38 @@ def test_each_has_its_solutions():
         assert "assert" in text(path, "code")
 
 
-@lesson
-def test_unwritten_function_is_the_courses(path, capsys):
+def test_each_has_its_exercise():
+    assert [path.stem[:2] for path in LESSONS] == sorted({path.stem[:2] for path, _ in EXERCISES})
+    assert all(name[6:8] == path.stem[:2] for path, name in EXERCISES)
+    assert {name for _, name in EXERCISES} == {name for name in vars(checks) if name.startswith("check_")}
+
+
+@filled
+def test_unwritten_function_is_the_courses(path, name, capsys):
     names: dict = {}
-    check = getattr(checks, f"check_{path.stem[:2]}")
-    definition, last_line = exercise(path)
+    definition, last_line = exercises(path)[name]
     assert "NotImplementedError" in definition
     exec(f"import torch\nfrom checks import *\n{definition}{last_line}", names)
     assert "still to be written" in capsys.readouterr().out
-    assert check.answer in names.values()
+    written = re.search(r"^def (\w+)\(", definition, re.M)[1]
+    assert names[written] is getattr(checks, name).answer
 
 
-@lesson
-def test_solution_is_right(path, capsys):
-    definition, last_line = exercise(FOLDER / "solutions" / path.name)
+@filled
+def test_solution_is_right(path, name, capsys):
+    definition, last_line = exercises(FOLDER / "solutions" / path.name)[name]
     assert "NotImplementedError" not in definition
     exec(f"import torch\nfrom checks import *\n{definition}{last_line}", {})
     assert "is right" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("path", "mistake"), MISTAKES)
-def test_wrong_answers_fail_by_name(path, mistake):
-    check = getattr(checks, f"check_{path.stem[:2]}")
-    definition, last_line = exercise(path)
+@pytest.mark.parametrize(("path", "name", "mistake"), MISTAKES)
+def test_wrong_answers_fail_by_name(path, name, mistake):
+    check = getattr(checks, name)
+    definition, last_line = exercises(path)[name]
     written = re.search(r"^def (\w+)\(", definition, re.M)[1]
     with pytest.raises(checks.WrongAnswer) as error:
-        exec(last_line, {written: check.mistakes[mistake], f"check_{path.stem[:2]}": check})
+        exec(last_line, {written: check.mistakes[mistake], name: check})
     assert len(check.mistakes) >= 3
     assert str(error.value) == f"not yet: {mistake}"
 

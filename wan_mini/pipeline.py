@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,8 +72,8 @@ class Transfer:
 class Guidance(Protocol):
     """A training-free method: it may change the latents before each denoising step.
 
-    If it has an attribute `history`, that names its lists which grow with the steps: a journal keeps them, and the
-    float32 tensors of its dictionary `state`, if it has one.
+    If it has an attribute `history`, that names what changes with the steps, JSON or float32: a journal keeps it, and
+    the float32 tensors of its dictionary `state`, if it has one.
     """
 
     status: dict[str, str]  # shown behind the progress bar, such as {"loss": "0.12"}
@@ -96,6 +97,10 @@ class Journal(Protocol):
 
     def start(self, latents: Tensor, guidance: Guidance | None) -> tuple[int, Tensor]:
         """The first step that is not done yet, and the latents (1,16,F,h,w) before it; at step 0, those given."""
+        ...
+
+    def beside(self, suffix: str) -> Path:
+        """A file for what a method keeps itself: it lasts as long as the state."""
         ...
 
     def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:

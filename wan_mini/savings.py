@@ -29,6 +29,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
 from wan_mini.pipeline import SamplingConfig, guided_velocity
 from wan_mini.scheduler import FlowEuler
+from wan_mini.transfer import ReferenceGuidance
 
 Grid = tuple[int, int, int]  # F, H, W
 
@@ -221,23 +222,28 @@ def cost_lines(config: Any, dit: DiTConfig, block: int, grid: Grid) -> list[str]
     ]
 
 
-class SavingGuidance:
+class SavingGuidance(ReferenceGuidance):
     """What a guidance with these options keeps from step to step, and what it has cost."""
 
     history = ("losses", "gradients", "key_gradient_norms", "passes")  # grow with the steps
+    tokens: Tensor | None = None  # numbers of those that it sees; None: all
 
-    def __init__(self, dit: WanDiT, options: Any, block: int, grid: Grid):
-        """options: a SavingsConfig, as given; grid: all tokens of the clip."""
-        self.dit = dit
-        self.options = options
-        self.block = block
-        self.whole_grid = grid
-        self.losses: list[list[float]] = []  # of each guided step with gradients of its own, at each
-        self.gradients: list[int] = []  # of each of these steps
+    def prepare(self) -> None:
+        """The options in units of what it sees, and empty records."""
+        self.options = self.config  # as given
+        self.config = thinned(self.config)
+        self.whole_grid = self.grid
+        self.gradients: list[int] = []  # of each guided step with gradients of its own
         self.key_gradient_norms: list[dict[str, float]] = []  # of each of these steps, at its first gradient
         self.passes: list[int] = []  # of each denoising step
         self.state: dict[str, Tensor] = {}  # what savings carry from step to step
-        self.velocity_of = SavedVelocity(options, self.state, self.passes)
+        self.velocity_of = SavedVelocity(self.options, self.state, self.passes)
+
+    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """As in ReferenceGuidance, of the tokens that it sees."""
+        recompute = self.recompute if latents.requires_grad else "none"
+        at = timestep.reshape(1)
+        return self.dit(latents, at, text, qk_block=self.block, recompute=recompute, tokens=self.tokens)
 
     def is_enough(self, losses: list[float]) -> bool:
         """Whether the last of a guided step's losses lets it end; all processes decide alike."""

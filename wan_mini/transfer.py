@@ -44,6 +44,45 @@ class MotionGuidance(Guidance, Protocol):
         ...
 
 
+class ReferenceGuidance:
+    """What the guidances share that compare the latents with a reference: their inputs, and where they read."""
+
+    def __init__(
+        self,
+        dit: WanDiT,
+        reference: Tensor,
+        noise: Tensor,
+        text: Tensor,
+        empty_text: Tensor,
+        config: Any,
+        recompute: str = "none",
+    ):
+        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
+        self.dit = dit
+        self.reference = reference
+        self.noise = noise
+        self.text = text
+        self.empty_text = empty_text
+        self.config = config
+        self.recompute = recompute
+        self.block: int = config.block_of(dit)
+        self.grid: tuple[int, int, int] = dit.grid(reference)
+        self.status: dict[str, str] = {}
+        self.losses: list[list[float]] = []  # of each guided step, at each gradient
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a method needs besides, or computes once."""
+
+    def queries_keys(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of the block, (1,N,M,D) each, for latents (1,16,F,h,w) and a timestep () in [0,1000]."""
+        recompute = self.recompute if latents.requires_grad else "none"
+        return self.dit(latents, timestep.reshape(1), text, qk_block=self.block, recompute=recompute)
+
+    def close(self) -> None:
+        """Leave the transformer as it was: nothing to undo where it is only read."""
+
+
 # dit; reference and noise, (1,16,F,h,w) each; text and empty text, (1,L,text_dim) each; options; one of dit.RECOMPUTE
 MakeGuidance = Callable[[WanDiT, Tensor, Tensor, Tensor, Tensor, Any, str], MotionGuidance]
 

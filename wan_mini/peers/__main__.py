@@ -8,6 +8,7 @@ A method that trains takes --save dog.safetensors, and later --load dog.safetens
 """
 
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,17 @@ from typing import Any
 
 from wan_mini.config import ClipConfig
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.json_file import read_json
 from wan_mini.peers import adapted, methods, presets, training_free
 from wan_mini.runs.cli import Parser, run
+from wan_mini.runs.folder import RECORD
 from wan_mini.runs.program import program
 from wan_mini.runs.request import Method, build_parser
 from wan_mini.tiny import demo
 
 PROG = "python -m wan_mini.peers"
 DEFAULT = "fym"
+FILES = ("save", "load")  # flags that name one
 NAMES = (*methods.METHODS, *training_free.PEERS)
 
 
@@ -55,8 +59,10 @@ def method_named(name: str) -> Method:
             training_free.gradient_of,
             training_free.costs,
             training_free.unguided,
+            resumable=True,
             add_flags=add_method_flag,
             load_preset=load_preset,
+            flags={"method": name},
         )
     return Method(
         PROG,
@@ -65,6 +71,7 @@ def method_named(name: str) -> Method:
         methods.gradient_of,
         methods.costs,
         methods.unadapted,
+        resumable=True,
         stage="fit",
         add_flags=add_training_flags,
         load_preset=partial(presets.load_preset, name=name),
@@ -94,18 +101,44 @@ def with_training_flags(method: Method, args: Namespace) -> Method:
         raise UserError(f"{args.save} is there already: give it to --load, or choose another --save")
     if args.load is not None and not args.load.is_file():
         raise MissingFile(f"{args.load} does not exist: give a file that --save has written")
-    flags = {"ref_prompt": caption_of(args), "save": args.save, "load": args.load, "check": args.check}
-    return replace(method, transfer=partial(method.transfer, **flags))
+    flags = {"method": args.method, "ref_prompt": caption_of(args), "check": args.check}
+    for name in FILES:
+        path = getattr(args, name)
+        flags[name] = None if path is None else str(path.resolve())
+    return with_flags(method, flags)
+
+
+def with_flags(method: Method, flags: Mapping[str, Any]) -> Method:
+    """The method with the values of add_training_flags' flags, from a command line or from a run.json."""
+    options = dict(flags)
+    del options["method"]
+    for name in FILES:
+        options[name] = None if flags[name] is None else Path(flags[name])
+    return replace(method, transfer=partial(method.transfer, **options), flags=flags)
+
+
+def resumed_method(record: Mapping[str, Any]) -> Method:
+    """The method of the run whose run.json this is, with its flags. A run of another program is refused later."""
+    name = record.get("method", DEFAULT)
+    if name not in NAMES:
+        raise UserError(f"--resume needs a run of one of {', '.join(NAMES)}, got {name}: start a new run")
+    method = method_named(name)
+    flags = {flag: record.get(flag) for flag in ("method", "ref_prompt", "check", *FILES)}
+    return method if name in training_free.PEERS else with_flags(method, flags)
 
 
 def run_method(argv: list[str] | None = None) -> None:
-    """Do what the command line asks of the method that it names."""
+    """Do what the command line asks of the method that it names, or of the run that it goes on with."""
     first = Parser(prog=PROG, add_help=False, allow_abbrev=False)
     add_method_flag(first)
-    name = first.parse_known_args(argv)[0].method
-    method = method_named(name)
-    if name in methods.METHODS:
-        method = with_training_flags(method, build_parser(method).parse_args(argv))
+    first.add_argument("--resume", type=Path)
+    args, _ = first.parse_known_args(argv)
+    if args.resume is not None:
+        method = resumed_method(read_json(args.resume / RECORD))
+    else:
+        method = method_named(args.method)
+        if args.method in methods.METHODS:
+            method = with_training_flags(method, build_parser(method).parse_args(argv))
     program(method, argv)
 
 

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.lora import load_adapters, save_adapters
-from wan_mini.peers.fit import Fit, FitConfig, loss_by_level
+from wan_mini.peers.fit import Fit, FitConfig, loss_by_level, read_report
 from wan_mini.peers.methods import METHODS, name_of, trains
 from wan_mini.peers.plan import Clips, FrameSets, Plan
-from wan_mini.pipeline import SamplingConfig
+from wan_mini.pipeline import Journal, SamplingConfig, encode
 from wan_mini.runs.cli import field_names, with_options
 from wan_mini.runs.provenance import sha256_clip
 from wan_mini.video import to_tensor
@@ -42,6 +42,18 @@ class Training:
     recompute: str  # one of dit.RECOMPUTE
     described: Mapping[str, Any]  # what it depends on besides: a run that was stopped goes on where all of it is equal
     save: Path | None = None  # file for the adapters, beside which the state of a training waits
+    journal: Journal | None = None  # of the run, beside which what was trained stays until the run ends
+
+    @property
+    def state(self) -> Path | None:
+        """The file in the run's folder."""
+        return None if self.journal is None else self.journal.beside(".fit")
+
+    def path(self) -> Path | None:
+        """Where the state of the training is."""
+        if self.save is None or (self.state is not None and self.state.exists()):
+            return self.state
+        return self.save.with_name(self.save.name + ".state")
 
 
 def training_options(config: FitConfig) -> dict[str, Any]:
@@ -64,12 +76,20 @@ def read_adapters(wan: Wan, config: FitConfig, path: Path | None) -> tuple[FitCo
     return with_options(config, settings["options"], str(path)), Loaded(tensors, settings["report"])
 
 
-def encode_clips(wan: Wan, frames: np.ndarray, sets: FrameSets, device: torch.device, tile: int | None) -> Clips:
+def encode_clips(
+    wan: Wan,
+    frames: np.ndarray,
+    sets: FrameSets,
+    device: torch.device,
+    tile: int | None,
+    journal: Journal | None = None,
+) -> Clips:
     """Latents of every clip that the sets name, and of all frames as "whole"; equal clips are encoded once."""
     every: dict[str, Sequence[Sequence[int]]] = {"whole": [range(len(frames))], **sets}
     keys = {tuple(indices) for clips in every.values() for indices in clips}
-    encoded = {}
-    for key in tqdm(sorted(keys, key=len, reverse=True), desc="encode", unit="clip"):
+    whole = tuple(range(len(frames)))
+    encoded = {whole: encode(wan.vae, frames, tile=tile, journal=journal)}
+    for key in tqdm(sorted(keys - {whole}, key=len, reverse=True), desc="encode", unit="clip"):
         video = to_tensor(frames[list(key)]).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
         encoded[key] = wan.vae.encode(video, tile=tile)
     clips: Clips = {}
@@ -89,7 +109,8 @@ def adapt(
         return [], {"gradients": 0}
     method = METHODS[name_of(config)]
     if loaded is None:
-        plan = method.plan(wan.dit, clips, caption, config, training.seed)
+        saved = read_report(training.path())  # heads keep the labels that they had
+        plan = method.plan(wan.dit, clips, caption, config, training.seed, saved)
         report = train(wan, plan, caption, config, training)
     else:
         plan = method.plan(wan.dit, clips, caption, config, training.seed, loaded.report)
@@ -108,13 +129,12 @@ def train(wan: Wan, plan: Plan, caption: Tensor, config: FitConfig, training: Tr
     """Do the plan's stages, and write the file if there is one to write -> figures for run.json."""
     settings = {"method": name_of(config), "options": training_options(config), "seed": training.seed}
     settings |= training.described
-    save = training.save
-    state = None if save is None else save.with_name(save.name + ".state")
-    fit = Fit(plan.stages, seed=training.seed, state=state, settings=json.dumps(settings))
+    save, state = training.save, training.path()
+    fit = Fit(plan.stages, seed=training.seed, state=state, settings=json.dumps(settings), report=plan.report)
     log = fit.run(wan.dit, caption, shift=config.fit_shift, recompute=training.recompute)
     if save is not None:
         save_adapters(save, plan.parts, {**settings, "report": plan.report}, wan.hashes.values())
-        fit.finish()
+    fit.finish(training.state)
     return {"gradients": len(log), "losses_by_level": loss_by_level(log), "losses": [[entry["loss"] for entry in log]]}
 
 

@@ -33,7 +33,7 @@ from wan_mini.peers.fit import FitConfig
 from wan_mini.peers.flow import clean_flow
 from wan_mini.peers.methods import METHODS, gradient_of, name_of, trains
 from wan_mini.peers.plan import FrameSets
-from wan_mini.pipeline import Timer, Transfer, decode, denoise, no_timer
+from wan_mini.pipeline import Journal, Timer, Transfer, decode, denoise, no_timer
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
 
@@ -52,6 +52,7 @@ def transfer(
     recompute: str | None = None,
     timer: Timer = no_timer,
     on_latents: Callable[[Transfer], None] | None = None,
+    journal: Journal | None = None,
     save: Path | None = None,
     load: Path | None = None,
     check: bool = False,
@@ -67,28 +68,32 @@ def transfer(
         prompts = [prompt, config.negative, "", ref_prompt]
         text, negative, empty, caption = encode_prompts(wan, prompts, device, offload_blocks=offload_blocks)
     with timer("encode"), on_device(wan.vae, device), exact_float32(device):
-        clips = encode_clips(wan, clip, training_clips(config, len(clip), loaded), device, config.vae_tile)
+        clips = encode_clips(wan, clip, training_clips(config, len(clip), loaded), device, config.vae_tile, journal)
     (reference,) = clips["whole"]
     with ExitStack() as stack:
         with timer("move"):
             stack.enter_context(on_device(wan.dit, device, offload_blocks=offload_blocks))
         with timer("fit"):
             recompute = recompute or least_recompute(wan, reference, config, device, offload_blocks)
-            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save)
+            training = Training(seed, recompute, describe_training(wan, clip, ref_prompt), save, journal)
             parts, report = adapt(wan, clips, caption, config, training, loaded)
         sample = partial(sample_video, wan, reference, parts, negative, config, seed, timer)
-        latents = sample(text)
+        latents = sample(text, journal)
         others = {"rebuilt": sample(caption)} if check and trains(config) else {}
         with timer("flows"):
             flows = clean_flow(wan.dit, reference, empty), clean_flow(wan.dit, latents, empty)
     result = Transfer(latents, flows, {"ref_prompt": ref_prompt, "recompute": recompute, **report})
     if on_latents is not None:
         on_latents(result)
-    show = partial(decode, wan.vae, tile=config.vae_tile, dtype=wan.dtype)
     with timer("decode"), on_device(wan.vae, device):
-        result.frames = show(latents)
-        result.others = {name: show(video) for name, video in others.items()}
+        result.frames = frames_of(wan, latents, config)
+        result.others = {name: frames_of(wan, video, config) for name, video in others.items()}
     return result
+
+
+def frames_of(wan: Wan, latents: Tensor, config: FitConfig) -> np.ndarray:
+    """Latents (1,16,F,h,w) -> frames (T,H,W,3) uint8."""
+    return decode(wan.vae, latents, tile=config.vae_tile, dtype=wan.dtype)
 
 
 def training_clips(config: FitConfig, frames: int, loaded: Loaded | None) -> FrameSets:
@@ -118,10 +123,11 @@ def sample_video(
     seed: int,
     timer: Timer,
     text: Tensor,
+    journal: Journal | None = None,
 ) -> Tensor:
     """Latents (1,16,F,h,w) of a video, with the parts attached in both passes of classifier-free guidance."""
     scheduler = FlowEuler(config.steps, config.shift, config.strength)
     noise = wan.start_noise(reference.shape, seed, config.key).to(reference.device)
     start = scheduler.start_latents(reference, noise)
     with attached(wan.dit, *cast(Sequence[Attachable], parts)):
-        return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer)
+        return denoise(wan.dit, start, scheduler, text, negative, config.cfg, timer=timer, journal=journal)

@@ -6,7 +6,7 @@ its own number, so a run that was stopped goes on as if it had not been.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_positive, check_range
+from wan_mini.files import write_whole
 from wan_mini.lora import attached
 from wan_mini.pipeline import SamplingConfig
 from wan_mini.scheduler import shift_sigma
@@ -131,14 +132,24 @@ def gradients_of(dit: WanDiT, step: Pass, text: Tensor, rng: Generator, shift: f
 class Fit:
     """A training of one clip: its stages, how far it is, and what it has logged.
 
-    state: a file that keeps everything the next step depends on, or None; settings: what must be equal to go on.
+    state: a file that keeps everything the next step depends on, or None; settings: what must be equal to go on;
+    report: of the plan, for who goes on.
     """
 
-    def __init__(self, stages: Sequence[Stage], *, seed: int, state: Path | None = None, settings: str = ""):
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        seed: int,
+        state: Path | None = None,
+        settings: str = "",
+        report: Mapping[str, Any] | None = None,
+    ):
         self.stages = [stage for stage in stages if stage.steps > 0 and any(_has_weights(stage))]
         self.seed = seed
         self.state = state
         self.settings = settings
+        self.report = dict(report or {})
         self.stage = 0
         self.step = 0
         self.log: list[Entry] = []
@@ -185,15 +196,14 @@ class Fit:
 
     def save(self) -> None:
         """Write the state, whole or not at all."""
-        if self.state is None or self.optimizer is None:
+        if self.state is None:
             return
         parts = [part.state_dict() for stage in self.stages for part in stage.parts()]
-        content: dict[str, Any] = {"parts": parts, "optimizer": self.optimizer.state_dict(), "log": self.log}
-        content |= {"stage": self.stage, "step": self.step, "settings": self.settings}
-        self.state.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.state.with_suffix(".part")
-        torch.save(content, unfinished)
-        unfinished.replace(self.state)
+        optimizer = None if self.optimizer is None else self.optimizer.state_dict()
+        content: dict[str, Any] = {"parts": parts, "optimizer": optimizer, "log": self.log}
+        content |= {"stage": self.stage, "step": self.step, "settings": self.settings, "report": self.report}
+        with write_whole(self.state) as unfinished:
+            torch.save(content, unfinished)
         self.saved_at = time.monotonic()
 
     def resume(self, state: Path) -> None:
@@ -207,13 +217,25 @@ class Fit:
         self.stage = content["stage"]
         self.step = content["step"]
         self.log = content["log"]
-        self.optimizer = self.stages[self.stage].optimizer()
-        self.optimizer.load_state_dict(content["optimizer"])
+        if content["optimizer"] is not None:  # else between two stages, or behind the last
+            self.optimizer = self.stages[self.stage].optimizer()
+            self.optimizer.load_state_dict(content["optimizer"])
 
-    def finish(self) -> None:
-        """Delete the state: what was trained is kept elsewhere."""
-        if self.state is not None:
-            self.state.unlink(missing_ok=True)
+    def finish(self, kept: Path | None = None) -> None:
+        """Delete the state, since what was trained is kept elsewhere; kept: a file in which it stays."""
+        old = self.state
+        self.state = kept
+        self.save()
+        if old is not None and old != kept:
+            old.unlink(missing_ok=True)
+
+
+def read_report(state: Path | None) -> dict[str, Any] | None:
+    """The report of the plan that a stopped training went by; None if there is no state."""
+    if state is None or not state.exists():
+        return None
+    report: dict[str, Any] = torch.load(state, map_location="cpu", weights_only=True)["report"]
+    return report
 
 
 def _has_weights(stage: Stage) -> Iterator[bool]:

@@ -38,6 +38,7 @@ class FlowMotionConfig(PeerConfig):
 class FlowMotion(PeerGuidance):
     """Lowers the squared distance of predicted clean latents, and of their changes, from the reference's."""
 
+    history = (*PeerGuidance.history, "forwards")
     forwards = 0  # of the model, all without a backward
 
     def loss_at(self, latents: Tensor, sigma: Tensor, timestep: Tensor) -> Callable[[Tensor], Tensor]:

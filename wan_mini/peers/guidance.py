@@ -14,34 +14,17 @@ from torch import Tensor, nn
 
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
-from wan_mini.peers.flow import Grid, clean_flow
+from wan_mini.peers.flow import clean_flow
+from wan_mini.transfer import ReferenceGuidance
 
 
-class PeerGuidance:
+class PeerGuidance(ReferenceGuidance):
     """A training-free peer, which is a wan_mini.pipeline.Guidance: Adam lowers `distance` before each guided step."""
 
-    def __init__(
-        self,
-        dit: WanDiT,
-        reference: Tensor,
-        noise: Tensor,
-        text: Tensor,
-        empty_text: Tensor,
-        config: Any,
-        recompute: str = "none",
-    ):
-        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
-        self.dit = dit
-        self.reference = reference
-        self.noise = noise
-        self.text = text
-        self.empty_text = empty_text
-        self.config = config
-        self.recompute = recompute
-        self.block: int = config.block_of(dit)
-        self.grid: Grid = dit.grid(reference)
-        self.status: dict[str, str] = {}
-        self.losses: list[list[float]] = []  # of each guided step, at each gradient
+    history: tuple[str, ...] = ("losses", "gradient_norms")
+
+    def prepare(self) -> None:
+        """Nothing is read yet."""
         self.gradient_norms: list[list[float]] = []
         self.once: Any = None  # the target, where the reference is read once
 
@@ -102,9 +85,6 @@ class PeerGuidance:
         """Flow of a clean clip (1,16,F,h,w) from each latent frame to the next, (F-1,S,2) in tokens."""
         return clean_flow(self.dit, latents, self.empty_text)
 
-    def close(self) -> None:
-        """Leave the model as it was; a peer that attaches hooks removes them."""
-
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
         gradients = sum(len(losses) for losses in self.losses)
@@ -119,8 +99,7 @@ class AttentionGuidance(PeerGuidance):
 
     def features(self, latents: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after norm and RoPE, (1,N,M,D) float32 each."""
-        recompute = self.recompute if latents.requires_grad else "none"
-        return self.dit(latents, timestep.reshape(1), text, qk_block=self.block, recompute=recompute)
+        return self.queries_keys(latents, timestep, text)
 
 
 class StreamGuidance(PeerGuidance):

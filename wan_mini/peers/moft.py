@@ -38,6 +38,7 @@ class Target(NamedTuple):
 class MOFT(StreamGuidance):
     """Lowers 1 minus the mean cosine of the changing channels, token by token."""
 
+    history = (*StreamGuidance.history, "chosen")
     chosen: tuple[int, ...] = ()
 
     def target_of(self, features: Tensor) -> Target:

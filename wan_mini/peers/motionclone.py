@@ -12,7 +12,8 @@ from torch import Tensor
 
 from wan_mini.errors import check_choice, check_range
 from wan_mini.peers.config import PeerConfig
-from wan_mini.peers.guidance import AttentionGuidance, Grid
+from wan_mini.peers.flow import Grid
+from wan_mini.peers.guidance import AttentionGuidance
 
 # Where the published code reads its reference: t = 400 of 1000, an alpha_bar of 0.290, whose signal-to-noise ratio a
 # rectified flow has at this noise level.
@@ -54,6 +55,7 @@ class Target(NamedTuple):
 class MotionClone(AttentionGuidance):
     """Lowers the squared difference of attention at the entries that are largest in the reference."""
 
+    history = (*AttentionGuidance.history, "pending", "self_share")
     self_share = 0.0  # of the reference's largest entries, how many are a frame's own
     pending: Tensor | None = None  # score update: what the last step still has to subtract, but for its end's sigma
 

@@ -95,7 +95,7 @@ def remove_empty_run(folder: Path) -> None:
 
 def states(folder: Path) -> list[Path]:
     """The files that a run could go on from."""
-    return sorted(folder.glob("state*.safetensors"))
+    return sorted(folder.glob("state*"))
 
 
 def remove_states(folder: Path) -> None:
@@ -188,7 +188,8 @@ def write_preview(
 
 def public_label(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for a generated file: all settings, and of paths only the last name."""
-    names: dict[str, Any] = {name: Path(settings[name]).name for name in ("model", "ref") if name in settings}
+    paths = [name for name in ("model", "ref", "save", "load") if settings.get(name)]
+    names: dict[str, Any] = {name: Path(settings[name]).name for name in paths}
     names["loras"] = [Path(lora).name for lora in settings.get("loras", [])]
     return {**settings, **names, **GENERATED}
 

@@ -18,6 +18,7 @@ from wan_mini.runs.folder import save_tensors
 
 STATE = "state."  # before the names of a guidance's tensors
 EVERY = 60.0  # seconds between two saves; a step is never cut
+OF_RUN = ("reference", "latents")  # tensors; any other is the guidance's
 PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
 
 
@@ -64,19 +65,32 @@ class Journal:
         """The step to go on with and its latents, on the device of those given, which are the start's."""
         if "latents" not in self.tensors:
             return 0, latents
-        for name, value in self.history.items():
-            getattr(guidance, name)[:] = value  # the same list: others may append to it, too
-        state = getattr(guidance, "state", {})
         for name, tensor in self.tensors.items():
             if name.startswith(STATE):
-                state[name.removeprefix(STATE)] = tensor.to(latents.device)
+                guidance.state[name.removeprefix(STATE)] = tensor.to(latents.device)  # type: ignore[union-attr]
+            elif name not in OF_RUN:
+                setattr(guidance, name, tensor.to(latents.device))
+        for name, value in self.history.items():
+            kept = getattr(guidance, name)
+            if isinstance(kept, list):
+                kept[:] = value  # the same list: others may append to it, too
+            else:
+                setattr(guidance, name, value)
         return self.step, self.tensors["latents"].to(latents.device)
+
+    def beside(self, suffix: str) -> Path:
+        """A file for what a method keeps itself: it lasts as long as the state."""
+        return self.path.with_suffix(suffix)
 
     def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
         """Note that `step` of `steps` are done; save it once a minute, and at the end."""
         self.step = step
+        self.tensors = {name: value for name, value in self.tensors.items() if name in OF_RUN}
         self.tensors["latents"] = latents
-        self.history = {name: getattr(guidance, name) for name in getattr(guidance, "history", ())}
+        self.history = {}
+        for name in getattr(guidance, "history", ()):
+            value = getattr(guidance, name)
+            (self.tensors if isinstance(value, Tensor) else self.history)[name] = value
         for name, tensor in getattr(guidance, "state", {}).items():
             self.tensors[STATE + name] = tensor
         if step == steps or time.monotonic() - self._saved >= self.every:

@@ -235,6 +235,7 @@ def settings_of(method: Method, request: Request, clip: ClipConfig, frames: np.n
     return {
         **GENERATED,
         "program": method.prog,
+        **method.flags,
         "model": str(request.model.resolve()),
         "ref": str(request.ref.resolve()),
         "ref_sha256": sha256_clip(frames),

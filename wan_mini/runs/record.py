@@ -55,7 +55,8 @@ class RunFiles:
         self.machine = machine
         if self.writes:
             for file in states(self.folder):
-                self.journal(file.stem)
+                if file.suffix == ".safetensors":
+                    self.journal(file.stem)
         self._write({"status": "started", **settings, **machine})
 
     def journal(self, name: str) -> dict[str, Journal]:
@@ -94,7 +95,7 @@ class RunFiles:
             return
         steps = max([journal.step for journal in self.journals], default=0)
         stopped = isinstance(error, (KeyboardInterrupt, Unwritable))
-        command = f"python {self.method.prog}"
+        command = f"python {self.method.prog.removeprefix('python ')}"
         resumes = states(self.folder) and (steps > 0 or stopped or not self.is_new)
         shown = list(self.folder.glob("result.*"))
         if self.latents is not None and not shown and not (resumes and isinstance(error, KeyboardInterrupt)):

@@ -60,6 +60,7 @@ class Method:
     add_flags: Callable[[Parser], None] = add_no_flags  # flags of its own
     load_preset: Callable[[Path | None, Any], tuple[ClipConfig, Any]] = load_preset  # a folder's options
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # options by the name that --preset takes
+    flags: Mapping[str, Any] = field(default_factory=dict)  # values of its own flags, for run.json
 
 
 @dataclass(frozen=True)
