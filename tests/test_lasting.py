@@ -368,6 +368,18 @@ def test_every_signal_is_a_stop_that_says_how_to_go_on(small, whole, capsys, mon
     assert signal.getsignal(number) != signal.SIG_IGN and not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("program", ["fastvmt.py", "wan_mini/generate.py", "wan_mini/verify.py"])
+def test_ctrl_c_during_the_imports_says_nothing(tmp_path, heeded, program):
+    """A torch that takes its time to be imported, and is interrupted."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    root = Path(fastvmt.__file__).parent
+    command = (
+        [sys.executable, program] if program == "fastvmt.py" else [sys.executable, "-m", program[:-3].replace("/", ".")]
+    )
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == b""
+
+
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
@@ -447,6 +459,10 @@ def test_decode_refuses_what_does_not_apply(latents, tmp_path, capsys, flags, me
         lambda t, s: t.update(latents=t["latents"][:, :, :1]),
         lambda t, s: t.update(flow_result=t["flow_result"][:, :1]),
         lambda t, s: t.pop("latents"),
+        lambda t, s: s["config"].update(vae_tile=0),
+        lambda t, s: s.update(clip=[1]),
+        lambda t, s: s.update(clip={**s["clip"], "fps": 0}),
+        lambda t, s: s.update(deep=json.loads("[" * 900 + "]" * 900)),
     ],
 )
 def test_damaged_latents_are_one_line(latents, tmp_path, capsys, change):
@@ -468,12 +484,13 @@ def test_everything_says_that_it_is_generated(latents):
 
 
 def test_names_that_are_no_text_stop_no_run(small):
-    """A clip whose name is not UTF-8."""
+    """A clip whose name is not UTF-8, and a prompt."""
     ref = small.base / os.fsdecode(b"caf\xe9.webp")
     ref.write_bytes(small.ref.read_bytes())
     out = small.out()
     argv = small.argv(out)
     argv[argv.index(str(small.ref))] = str(ref)
+    argv[argv.index("a ball")] = os.fsdecode(b"a caf\xe9")
     assert main(argv) == 0 and json.loads((out / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 

@@ -3,6 +3,11 @@
 python -m wan_mini.generate --model Wan2.1-T2V-1.3B --prompt "a red kite over the sea"
 """
 
+if __name__ == "__main__":
+    from wan_mini.runs.interrupt import end_quietly
+
+    end_quietly()
+
 import math
 import shlex
 from argparse import Namespace

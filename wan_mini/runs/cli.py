@@ -170,10 +170,13 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a program as Ctrl-C does, which cleans up; a signal that is ignored (nohup) stays so."""
+    """SIGTERM and SIGHUP end a program as Ctrl-C does, which cleans up; a signal that is ignored (nohup) stays so.
+
+    SIGINT is among them where end_quietly had it wait for this.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, signal.default_int_handler)
