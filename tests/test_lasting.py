@@ -395,6 +395,36 @@ def test_a_log_has_one_line_a_stage(small, capsys):
     assert stages == ["text", "encode", "move", "guide", "denoise", "flows", "decode"]
 
 
+BROKEN = """
+import os, sys
+from pathlib import Path
+from wan_mini.runs.cli import run
+
+def main(argv):
+    for number in range(3000):  # more than any buffer holds
+        print("a line of a run that talks", number)
+        print("and of its log", file=sys.stderr)
+    Path(sys.argv[1]).write_text("whole")
+
+raise SystemExit(run(main, []))
+"""
+
+
+@pytest.mark.parametrize(
+    "tail", ["| head -1", "2>&1 | head -1", ">&-", "2>&-", ">&- 2>&-", ">/dev/full", "2>/dev/full"]
+)
+def test_a_log_that_nobody_reads_stops_no_run(tmp_path, tail):
+    """A reader that leaves, a stream that is closed, a full disk."""
+    command = f'"{sys.executable}" program.py result {tail}; echo "${{PIPESTATUS[0]}}" >status'
+    (tmp_path / "program.py").write_text(BROKEN)
+    root = str(Path(fastvmt.__file__).parent)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (tmp_path / "result").read_text() == "whole" and (tmp_path / "status").read_text() == "0\n"
+    assert "Error" not in done.stdout + done.stderr
+
+
 # --decode.
 
 
