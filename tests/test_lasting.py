@@ -144,7 +144,7 @@ def test_a_run_that_is_still_going_is_not_resumed(small, whole, capsys):
     before = {path: path.read_bytes() for path in out.iterdir()}
     with folder_module.locked(out):
         assert main(["--resume", str(out)]) == 2
-    assert "is the folder of a run that is still going" in capsys.readouterr().err
+    assert "is of a run that is still going" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.iterdir()}
     assert main(["--resume", str(out)]) == 0
 

@@ -711,6 +711,7 @@ OTHERS = {
     "--offload",
     "--compile",
     "--decode",
+    "--resume",  # test_generate_resume.py
     "--version",
     "--traceback",
 }

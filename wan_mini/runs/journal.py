@@ -15,13 +15,15 @@ from wan_mini.errors import UserError
 from wan_mini.files import Unwritable
 from wan_mini.pipeline import Guidance
 from wan_mini.runs.folder import save_tensors
+from wan_mini.scheduler import FlowEuler, FlowUniPC
 
 EVERY = 60.0  # seconds between two saves; a step is never cut
+SAMPLER = "sampler."  # before the names of the sampler's tensors
 PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
 
 
 class Journal:
-    """The state of one denoising run: the reference's latents, the latents, the step, the guidance's history.
+    """The state of one denoising run: the reference's latents, the latents, the step, guidance's and sampler's history.
 
     There is no random state beside: the start noise is that of the seed, and nothing else is drawn. A wan_mini.pipeline
     .Journal. A disk that is full stops no run: it is said once, and the run goes on.
@@ -34,13 +36,15 @@ class Journal:
         hashes: Mapping[str, str],
         *,
         every: float = EVERY,
+        sampler: FlowEuler | FlowUniPC | None = None,
     ):
-        """Read the state if the file is there. Raises UserError if it is of another run."""
+        """Read the state if the file is there. sampler: may have a memory. Raises UserError if it is of another run."""
         self.path = path
         self.settings = {name: value for name, value in settings.items() if name not in PATHS}
         self.hashes = hashes  # of parts that are read when they work, they come later
         self.begun_with: Mapping[str, str] = {}  # the hashes of the run that goes on
         self.every = every
+        self.sampler = sampler if isinstance(sampler, FlowUniPC) else None  # Euler's steps know nothing of each other
         self.step = 0
         self.history: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -54,6 +58,11 @@ class Journal:
         """The reference's latents (1,16,F,h,w), once they are encoded."""
         return self.tensors.get("reference")
 
+    def begin(self) -> None:
+        """Save what the run is to be, from which it could begin again."""
+        if not self.path.exists():
+            self._write()
+
     def keep_reference(self, latents: Tensor) -> None:
         """Save the reference's latents (1,16,F,h,w), which took a stage of their own."""
         self.tensors["reference"] = latents
@@ -65,12 +74,18 @@ class Journal:
             return 0, latents
         for name, value in self.history.items():
             setattr(guidance, name, value)
+        if self.sampler is not None:
+            kept = {name: tensor for name, tensor in self.tensors.items() if name.startswith(SAMPLER)}
+            memory = {name.removeprefix(SAMPLER): tensor.to(latents.device) for name, tensor in kept.items()}
+            self.sampler.remember(memory)
         return self.step, self.tensors["latents"].to(latents.device)
 
     def keep(self, step: int, steps: int, latents: Tensor, guidance: Guidance | None) -> None:
         """Note that `step` of `steps` are done; save it once a minute, and at the end."""
         self.step = step
         self.tensors["latents"] = latents
+        if self.sampler is not None:
+            self.tensors |= {f"{SAMPLER}{name}": tensor for name, tensor in self.sampler.memory().items()}
         self.history = {name: getattr(guidance, name) for name in getattr(guidance, "history", ())}
         if step == steps or time.monotonic() - self._saved >= self.every:
             self._write()
