@@ -1,6 +1,7 @@
 """The command line of every program: arguments, options by name, errors in one line."""
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -94,14 +95,11 @@ class PlainOutput:
 def plain_output() -> Iterator[None]:
     """Names of files, texts of models and prompts are printed everywhere: here they become plain for all."""
     with ExitStack() as stack:
-        nowhere = stack.enter_context(
-            Path(os.devnull).open("w", encoding="utf-8")
-        )  # for a stream that was closed (>&-)
         for redirect, stream, keep in (
             (redirect_stdout, sys.stdout, "\n\t"),
             (redirect_stderr, sys.stderr, "\n\t\r"),
         ):
-            output = PlainOutput(nowhere if stream is None else stream, keep)
+            output = PlainOutput(io.StringIO() if stream is None else stream, keep)  # None: it was closed (>&-)
             stack.enter_context(redirect(cast(TextIO, output)))
             stack.callback(output.flush)
         yield
