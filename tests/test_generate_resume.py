@@ -148,6 +148,7 @@ def test_what_cannot_go_on_says_why(runs, whole, capsys):
     assert runs.resume(out) == 0 and contents(out) == whole["files"]
 
 
+@pytest.mark.parametrize("runs", ["unipc"], indirect=True)
 def test_a_full_disk_at_each_write_loses_no_generation(runs, whole, capsys, monkeypatch):
     """Each error is one line; what it names leads to the video that the run would have had."""
     first, ended = 1, 2
