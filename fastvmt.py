@@ -8,6 +8,11 @@ Attention Motion Flow (window.py). During the first denoising steps the latents 
 their motion flow matches the reference's (losses.py). `FastVMT` is that guidance, `transfer` a whole run.
 """
 
+if __name__ == "__main__":
+    from wan_mini.runs.interrupt import end_quietly
+
+    end_quietly()
+
 import math
 from dataclasses import dataclass, replace
 from functools import cache, partial

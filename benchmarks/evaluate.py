@@ -163,7 +163,7 @@ def write_rows(rows: Iterable[Row], path: Path | None) -> list[Row]:
     if path is None:
         return list(rows)
     done = []
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("x", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         for row in rows:
@@ -211,6 +211,8 @@ def program(argv: list[str] | None = None) -> None:
         raise UserError(f"got --methods {args.methods}: choose from {','.join(METHODS)}")
     if args.clips < 1 or args.classifier_clips < 1:
         raise UserError(f"got --clips {args.clips}, --classifier-clips {args.classifier_clips}: give at least 1 each")
+    if args.csv is not None and args.csv.exists():
+        raise UserError(f"{args.csv} exists already: choose another --csv")
     _, preset = load_preset(args.model, fastvmt.MotionConfig())
     configs = {}
     for name in names:

@@ -4,18 +4,21 @@
 
 Each held-out clip of the tiny world is transferred twice: from noise with a key, and from noise without. Both results
 are distorted in the same ways, and verified for the key. Rows are written as they come; a second call with the same
---csv does only what is missing. Lost frames and mirrors are searched for where a distortion is of that kind.
+--csv does only what is missing, and refuses rows of another model or other settings. Lost frames and mirrors are
+searched for where a distortion is of that kind.
 """
 
 import csv
+import hashlib
 import io
+import json
 import math
 import shutil
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ import fastvmt
 from benchmarks.evaluate import clip_seeds
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import UserError, check_range
+from wan_mini.files import write_bytes
 from wan_mini.load import Wan, load_wan
 from wan_mini.runs.cli import Parser, parse_pairs, run, with_options
 from wan_mini.runs.request import load_preset
@@ -36,6 +40,7 @@ from wan_mini.verify import AS_IT_IS, RATE, VIEWS, Verifier
 
 KEY = "benchmark"
 COLUMNS = (
+    "run",
     "clip",
     "kind",
     "marked",
@@ -193,23 +198,47 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 
 
-def measure_all(transfers: Transfers, clips: Sequence[tuple[int, str]], names: Sequence[str], path: Path) -> None:
-    """Write what is missing in the CSV file, each row when it is there."""
+def run_of(wan: Wan, config: fastvmt.MotionConfig) -> str:
+    """Twelve digits that stand for the weights, the settings and the type of numbers: rows of another are not mixed."""
+    text = json.dumps([wan.hashes, asdict(config), str(wan.dtype)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def rewrite(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Put these whole rows in place of a file that may end in a cut one."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def measure_all(
+    transfers: Transfers, clips: Sequence[tuple[int, str]], names: dict[bool, Sequence[str]], path: Path, run: str
+) -> None:
+    """Write what is missing in the CSV file, each row when it is there.
+
+    names: the distortions of marked clips (True) and of unmarked ones. run: run_of, that of all rows.
+    """
     rows = read_rows(path)
+    if {row.get("run") for row in rows} - {run}:
+        raise UserError(f"{path} has rows of another model or other settings: choose another --csv")
     done = {(row["clip"], row["marked"], row["distortion"]) for row in rows}
     table = distortions()
-    with path.open("w", newline="", encoding="utf-8") as file:
+    rewrite(path, rows)
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-        file.flush()
-        for number, kind in clips:
+        for index, (number, kind) in enumerate(clips):
             for marked in (True, False):
-                missing = [name for name in names if (str(number), str(int(marked)), name) not in done]
-                if missing:
-                    for row in measure(transfers, number, kind, marked, missing, table):
-                        writer.writerow(row)
-                        file.flush()
+                missing = [name for name in names[marked] if (str(number), str(int(marked)), name) not in done]
+                if not missing:
+                    continue
+                start = time.perf_counter()
+                for row in measure(transfers, number, kind, marked, missing, table):
+                    writer.writerow({"run": run, **row})
+                    file.flush()
+                what = f"clip {index + 1} of {len(clips)}, {'marked' if marked else 'unmarked'}"
+                print(f"{what}: {len(missing)} rows in {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def summary(rows: Sequence[dict[str, str]]) -> str:
@@ -236,6 +265,7 @@ def parser() -> Parser:
     p.add_argument("--seed", type=int, default=0, help="any integer: which clips (%(default)s)")
     p.add_argument("--clips", type=int, default=8, help="how many, of the four kinds in turn (%(default)s)")
     p.add_argument("--only", nargs="+", metavar="NAME", help="some distortions (all, and second_generation)")
+    p.add_argument("--only-unmarked", nargs="+", metavar="NAME", help="those of unmarked clips (as of the marked ones)")
     p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="options of MotionConfig")
     p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
     p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
@@ -247,14 +277,17 @@ def program(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     check_range("clips", args.clips, 1)
     known = [*distortions(), "second_generation"]
-    names = args.only or known
-    if not set(names) <= set(known):
-        raise UserError(f"--only needs some of {', '.join(known)}, got {', '.join(names)}")
+    marked = args.only or known
+    names = {True: marked, False: args.only_unmarked or marked}
+    for given in names.values():
+        if not set(given) <= set(known):
+            raise UserError(f"--only needs some of {', '.join(known)}, got {', '.join(given)}")
     _, config = load_preset(args.model, fastvmt.MotionConfig())
     config = with_options(config, parse_pairs(args.set), "--set")
     device = pick_device(args.device)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
-    measure_all(Transfers(wan, config, device), clip_seeds(args.seed, args.clips), names, args.csv)
+    clips = clip_seeds(args.seed, args.clips)
+    measure_all(Transfers(wan, config, device), clips, names, args.csv, run_of(wan, config))
     print(f"{wan.name} on {device}, torch {torch.__version__}; found: false-positive rate of at most {RATE:g}")
     print(summary(read_rows(args.csv)))
 

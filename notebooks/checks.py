@@ -453,3 +453,20 @@ check_14c = Check(
         "give the labels the shape (blocks, heads) again": lambda labels, order: labels.flatten()[order],
     },
 )
+
+check_a6 = Check(
+    lambda estimate, noise: (estimate * noise).sum() / estimate.norm(),
+    [(3 * normal(4, 5), normal(4, 5)), (0.2 * normal(7), normal(7))],
+    {
+        "this is the cosine. Divide by the estimate's length only, or the noise is no longer standard normal": (
+            lambda estimate, noise: (estimate * noise).sum() / (estimate.norm() * noise.norm())
+        ),
+        "this divides by the noise's length. The estimate is the one whose size means nothing": (
+            lambda estimate, noise: (estimate * noise).sum() / noise.norm()
+        ),
+        "this is right only if the estimate's values have variance 1. Divide by its own length": (
+            lambda estimate, noise: (estimate * noise).sum() / estimate.numel() ** 0.5
+        ),
+        "the sum is still to be divided by the estimate's length": lambda estimate, noise: (estimate * noise).sum(),
+    },
+)

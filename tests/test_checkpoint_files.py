@@ -72,6 +72,21 @@ def test_a_missing_part_is_named_with_its_source(kind, tmp_path):
     refuses(kind, tmp_path / "nowhere", "does not exist")
 
 
+def test_what_was_passed_over_is_named_with_the_reason(folders, tmp_path):
+    """Checkpoints of training code: another ending, a prefix, a wrapped state dict."""
+    tensors = load_file(next(folders["original"].glob("diffusion*.safetensors")))
+    for name, content, pattern in (
+        ("model.pt", tensors, "model.pt, not named .safetensors or .pth"),
+        ("model.SAFETENSORS", tensors, "model.SAFETENSORS, not named .safetensors or .pth"),
+        ("ema.pth", {"generator_ema": tensors}, "ema.pth, which holds no tensors by name"),
+        ("prefixed.pth", {f"model.{k}": v for k, v in tensors.items()}, "prefixed.pth, whose .*such as model.[a-z]"),
+    ):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        torch.save(content, folder / name)
+        refuses("dit", folder, rf"no dit in .*\(passed over: {pattern}.*\), get diffusion")
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_headers_are_read_once_in_a_run(layout, folders, monkeypatch):
     """A program builds weightless parts to estimate memory, and then loads: from the same headers."""

@@ -11,6 +11,7 @@ import pytest
 import fastvmt
 from benchmarks import evaluate
 from benchmarks.evaluate import COLUMNS, METHODS, classifier_accuracy, clip_seeds, mean_with_interval, table, write_rows
+from wan_mini.errors import UserError
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import KINDS, Clip, make_clip, other_scene, score
@@ -93,6 +94,11 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     with rows_file.open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["gradients"]) for row in rows] == [("none", "7"), ("interval1", "7")]
+    kept = rows_file.read_bytes()
+    with pytest.raises(UserError, match="rows.csv exists already: choose another --csv"):
+        evaluate.program(flags)
+    assert rows_file.read_bytes() == kept
+    rows_file.unlink()
     flags += ["--seed", "3", "--split", "train"]
     evaluate.program([*flags, "--methods", "none", "--vary", "block=1", "tau=5 lr=0.1,0.2"])
     ((number, kind),) = clip_seeds(3, 1)

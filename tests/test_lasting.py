@@ -158,7 +158,7 @@ def test_a_run_that_is_still_going_is_not_resumed(small, whole, capsys):
     before = {path: path.read_bytes() for path in out.iterdir()}
     with folder_module.locked(out):
         assert main(["--resume", str(out)]) == 2
-    assert "is the folder of a run that is still going" in capsys.readouterr().err
+    assert "is of a run that is still going" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.iterdir()}
     assert main(["--resume", str(out)]) == 0
 
@@ -382,6 +382,18 @@ def test_every_signal_is_a_stop_that_says_how_to_go_on(small, whole, capsys, mon
     assert signal.getsignal(number) != signal.SIG_IGN and not list(out.glob(".*"))
 
 
+@pytest.mark.parametrize("program", ["fastvmt.py", "wan_mini/generate.py", "wan_mini/verify.py"])
+def test_ctrl_c_during_the_imports_says_nothing(tmp_path, heeded, program):
+    """A torch that takes its time to be imported, and is interrupted."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    root = Path(fastvmt.__file__).parent
+    command = (
+        [sys.executable, program] if program == "fastvmt.py" else [sys.executable, "-m", program[:-3].replace("/", ".")]
+    )
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True)
+    assert done.returncode == -signal.SIGINT and done.stderr == done.stdout == b""
+
+
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
@@ -395,6 +407,34 @@ def test_a_log_has_one_line_a_stage(small, capsys):
     lines = capsys.readouterr().err.splitlines()
     stages = [re.fullmatch(r" +\d+\.\d s  (\w+)", line)[1] for line in lines]
     assert stages == ["text", "encode", "move", "guide", "denoise", "flows", "decode"]
+
+
+BROKEN = """
+import os, sys
+from pathlib import Path
+from wan_mini.runs.cli import run
+
+def main(argv):
+    for number in range(3000):  # more than any buffer holds
+        print("a line of a run that talks", number)
+        print("and of its log", file=sys.stderr)
+    Path(sys.argv[1]).write_text("whole")
+
+raise SystemExit(run(main, []))
+"""
+
+
+@pytest.mark.parametrize("tail", ["| head -1", "2>&1 | head -1", ">&- 2>&-", ">/dev/full"])
+def test_a_log_that_nobody_reads_stops_no_run(tmp_path, tail):
+    """A reader that leaves, a stream that is closed, a full disk."""
+    command = f'"{sys.executable}" program.py result {tail}; echo "${{PIPESTATUS[0]}}" >status'
+    (tmp_path / "program.py").write_text(BROKEN)
+    root = str(Path(fastvmt.__file__).parent)
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (tmp_path / "result").read_text() == "whole" and (tmp_path / "status").read_text() == "0\n"
+    assert "Error" not in done.stdout + done.stderr
 
 
 # --decode.
@@ -461,6 +501,10 @@ def test_decode_refuses_what_does_not_apply(latents, tmp_path, capsys, flags, me
         lambda t, s: t.update(latents=t["latents"][:, :, :1]),
         lambda t, s: t.update(flow_result=t["flow_result"][:, :1]),
         lambda t, s: t.pop("latents"),
+        lambda t, s: s["config"].update(vae_tile=0),
+        lambda t, s: s.update(clip=[1]),
+        lambda t, s: s.update(clip={**s["clip"], "fps": 0}),
+        lambda t, s: s.update(deep=json.loads("[" * 900 + "]" * 900)),
     ],
 )
 def test_damaged_latents_are_one_line(latents, tmp_path, capsys, change):
@@ -482,12 +526,13 @@ def test_everything_says_that_it_is_generated(latents):
 
 
 def test_names_that_are_no_text_stop_no_run(small):
-    """A clip whose name is not UTF-8."""
+    """A clip whose name is not UTF-8, and a prompt."""
     ref = small.base / os.fsdecode(b"caf\xe9.webp")
     ref.write_bytes(small.ref.read_bytes())
     out = small.out()
     argv = small.argv(out)
     argv[argv.index(str(small.ref))] = str(ref)
+    argv[argv.index("a ball")] = os.fsdecode(b"a caf\xe9")
     assert main(argv) == 0 and json.loads((out / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 

@@ -1,11 +1,15 @@
 """The benchmark of marks: its distortions, its rows, and that it goes on where it stopped."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks import marks
+from fastvmt import MotionConfig
+from wan_mini.errors import UserError
 from wan_mini.verify import AS_IT_IS, VIEWS, Match, View
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (17, 40, 60, 3), dtype=np.uint8)
@@ -63,19 +67,22 @@ class FakeVerifier:
 def test_a_second_call_does_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setattr(marks, "Verifier", FakeVerifier)
     path, clips, fake = tmp_path / "marks.csv", [(5, "single"), (6, "several")], Fake()
-    names = ["none", "first_frame_lost", "second_generation"]
-    marks.measure_all(fake, clips[:1], names, path)
+    names = dict.fromkeys((True, False), ["none", "first_frame_lost", "second_generation"])
+    marks.measure_all(fake, clips[:1], names, path, "a")
     assert fake.made == [(5, True), (5, False)]
     assert FakeVerifier.views == {17: [AS_IT_IS], 16: list(VIEWS)}
     before = path.read_text()
-    marks.measure_all(fake, clips[:1], names, path)
+    marks.measure_all(fake, clips[:1], names, path, "a")
     assert path.read_text() == before and len(fake.made) == 2
     lines = before.splitlines(keepends=True)
     path.write_text("".join(lines[:-1]) + lines[-1][:9])  # killed while it wrote its last row
-    marks.measure_all(fake, clips, names, path)
+    marks.measure_all(fake, clips, names, path, "a")
     assert fake.made[2:] == [(5, False), (6, True), (6, False)]
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {"a"}
+    with pytest.raises(UserError, match="has rows of another model or other settings: choose another --csv"):
+        marks.measure_all(fake, clips, names, path, "b")
     keys = [(row["clip"], row["marked"], row["distortion"]) for row in rows]
     assert len(keys) == len(set(keys)) == 12 and list(rows[0]) == list(marks.COLUMNS)
 
@@ -90,6 +97,21 @@ def test_the_summary_counts_what_is_found():
             )
     line = marks.summary(rows).splitlines()[1].split()
     assert line == ["none", "3", "of", "4", "0.0", "to", "3.0", "0", "of", "4", "0.0", "to", "3.0"]
+
+
+def test_unmarked_clips_may_have_fewer_distortions(tmp_path, monkeypatch):
+    monkeypatch.setattr(marks, "Verifier", FakeVerifier)
+    marks.measure_all(Fake(), [(5, "single")], {True: ["none", "mirrored"], False: ["none"]}, tmp_path / "a.csv", "a")
+    rows = marks.read_rows(tmp_path / "a.csv")
+    assert [(row["marked"], row["distortion"]) for row in rows] == [("1", "none"), ("1", "mirrored"), ("0", "none")]
+
+
+def test_a_run_is_its_weights_and_its_settings():
+    wan, config = SimpleNamespace(hashes={"dit": "1"}, dtype=torch.float32), MotionConfig()
+    first = marks.run_of(wan, config)
+    assert first == marks.run_of(wan, MotionConfig())
+    other = SimpleNamespace(hashes={"dit": "2"}, dtype=torch.float32)
+    assert len({first, marks.run_of(other, config), marks.run_of(wan, MotionConfig(steps=3))}) == 3
 
 
 def test_unknown_distortions_are_refused(tmp_path, capsys):

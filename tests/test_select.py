@@ -56,6 +56,8 @@ def test_the_fastest_device_is_picked(machine, best, monkeypatch):
         ({}, "gpu", "cpu"),
         ({}, "cuda:x", "cpu"),
         ({}, "", "cpu"),
+        ({}, "cpu:x", "cpu"),
+        ({}, "cpu:9:9", "cpu"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_line(machine, name, usable, monkeypatch):

@@ -18,6 +18,8 @@ from torch import nn
 from fastvmt import MotionConfig
 from wan_mini.config import TINY, TINY_UMT5, TINY_VAE, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.dit import Block, WanDiT
+from wan_mini.errors import UserError
+from wan_mini.files import Unwritable
 from wan_mini.hashes import sha256_file
 from wan_mini.load import load_vae, load_wan
 from wan_mini.runs.cli import run
@@ -118,6 +120,49 @@ def test_pauses_change_no_bit(whole, tmp_path, monkeypatch, stage):
     assert ours["drawn"] == expected["drawn"]
     for result in (tmp_path / "checkpoint").glob("*.safetensors"):
         assert result.read_bytes() == (whole / "checkpoint" / result.name).read_bytes()
+
+
+def test_a_damaged_state_is_named_and_stays(whole, tmp_path):
+    """Truncated, of other bytes, empty, a pickle that would run code, without a part, a list."""
+    good = torch.load(whole / "vae.pt", weights_only=True)
+    data = (whole / "vae.pt").read_bytes()
+    without = {name: value for name, value in good.items() if name != "ema"}
+    other = {**good, "model": {"x": torch.ones(1)}}
+    for content in (data[: len(data) // 2], b"junk" * 100, b"", {"settings": print}, without, [good], other):
+        file = tmp_path / "vae.pt"
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            torch.save(content, file)
+        before = file.read_bytes()
+        with pytest.raises(UserError, match=r"vae.pt is no (whole )?state \(.*\): remove it to begin anew") as error:
+            TRAIN["vae"](make_job(tmp_path))
+        assert "\n" not in str(error.value) and file.read_bytes() == before
+
+
+def test_a_full_disk_leaves_the_last_state(whole, tmp_path, monkeypatch):
+    data = (whole / "vae.pt").read_bytes()
+    (tmp_path / "vae.pt").write_bytes(data)
+
+    def fails(state, file):
+        file.write_bytes(b"half")
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")  # as torch says it
+
+    monkeypatch.setattr(torch, "save", fails)
+    made = object.__new__(trainer.Trainer)
+    made.file, made.step, made.seconds, made.losses = tmp_path / "vae.pt", 1, 0.0, []
+    made.parts, made.settings, made.sampler = dict, str, SimpleNamespace(drawn={})
+    with pytest.raises(Unwritable, match="cannot write .*vae.pt .*: make room, the last state is whole"):
+        made.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["vae.pt"] and (tmp_path / "vae.pt").read_bytes() == data
+
+
+def test_a_fresh_folder_is_made(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setitem(command.STAGES, "vae", (seen.append,))
+    work = tmp_path / "outputs" / "tiny"
+    assert run(command.program, ["vae", "--work", str(work), "--device", "cpu"]) == 0
+    assert work.is_dir() and seen[0].work == work
 
 
 def test_other_settings_do_not_go_on(whole):

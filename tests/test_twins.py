@@ -22,11 +22,13 @@ import window
 from wan_mini import attention, checkpoint, dit, layouts, prompts, tiling, tokenizer, umt5, vae
 from wan_mini.config import T2V_1_3B, T2V_14B, DiTConfig, UMT5Config, VAEConfig
 from wan_mini.device import flops
+from wan_mini.noise import start_noise
 from wan_mini.pipeline import guided_velocity
 from wan_mini.prompts import NEGATIVE
 from wan_mini.scheduler import FlowEuler, FlowUniPC, shift_sigma
 from wan_mini.tiny.training.grammar import grammar_tokenizer, tokenizer_json
 from wan_mini.tiny.world import make_clip
+from wan_mini.verify import invert
 
 ROOT = Path(__file__).parent.parent
 MODULES = ("wan_mini/scheduler", "wan_mini/attention", "wan_mini/dit", "wan_mini/tiling", "wan_mini/vae")
@@ -577,6 +579,18 @@ def test_key_gradient_norms():
     assert norms["amf"] == pytest.approx(10 * k.norm().item(), rel=1e-5)
     assert norms["window"] == pytest.approx(3 * 48**0.5, rel=1e-5)
     assert losses.key_gradient_norms(k.square().sum(), torch.zeros(()), (5.0, 3.0), k)["window"] == 0
+
+
+# A6, of the start noise
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_keyed_noise_and_the_path_back_to_it(steps):
+    loops, sampler = naive("A6_proof_of_origin"), FlowEuler(steps, 3.0)
+    noise = loops.keyed_noise((1, 16, 3, 4, 6), 5, "studio", "m")
+    assert torch.equal(noise, start_noise((1, 16, 3, 4, 6), 5, "studio", "m"))
+    ours = invert(lambda x, t, text: torch.sin(3 * x) + t / 500, noise, torch.zeros(0), sampler)
+    same(loops.back_to_noise(lambda x, sigma: torch.sin(3 * x) + 2 * sigma, noise, sampler.sigmas.tolist()), ours)
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -1,6 +1,7 @@
 """Clips in and out, with and without ffmpeg: where it is missing, a video must be refused with a hint."""
 
 import json
+import re
 import shutil
 import struct
 import subprocess
@@ -340,7 +341,7 @@ def test_ffmpeg_gets_each_argument_whole():
     assert not {"hls", "concat", "sdp", "dash"} & set(before[before.index("-format_whitelist") + 1].split(","))
     assert "setpts=N,fps=25,scale" in " ".join(ffmpeg.decode_command(path, None))  # each picture of the file
     comment = '{"prompt": "a \'quoted\' \\"B\\" ; = "}'
-    encode = ffmpeg.encode_command(path, "96x64", 29.97, comment)
+    encode = ffmpeg.encode_command(path, "96x64", 29.97, ["-metadata", f"comment={comment}"], [])
     assert encode[encode.index("-metadata") + 1] == f"comment={comment}"
     assert encode[encode.index("-s") + 1] == "96x64" and encode[encode.index("-framerate") + 1] == "29.97"
     assert encode[-1] == str(path.absolute())
@@ -467,21 +468,49 @@ def test_without_ffmpeg_videos_are_refused_and_webp_is_written(tmp_path, monkeyp
     assert not (tmp_path / "clip.mp4").exists()
 
 
-def test_failing_ffmpeg_is_quoted_and_leaves_the_old_file_alone(tmp_path, monkeypatch):
-    def full_disk(command, **_):
+def test_an_ffmpeg_that_fails_is_quoted_and_the_clip_becomes_a_webp(tmp_path, monkeypatch, capsys):
+    """One without libx264, for instance. What was there is left alone."""
+
+    def fails(command, **_):
         Path(command[-1]).write_bytes(b"half a video")
-        return subprocess.CompletedProcess(command, 1, b"", b"No space left on device\nConversion failed!\n")
+        return subprocess.CompletedProcess(command, 1, b"", b"Unknown encoder 'libx264'\nConversion failed!\n")
 
     monkeypatch.setattr(shutil, "which", lambda name: name)
-    monkeypatch.setattr(subprocess, "run", full_disk)
+    monkeypatch.setattr(subprocess, "run", fails)
     (tmp_path / "clip.mp4").write_bytes(b"an older video")
-    with pytest.raises(
-        ValueError, match="No space left on device.*ffmpeg -v error .*-s 96x64 .*clip.*part.mp4"
-    ) as error:
-        write_video(tmp_path / "clip.mp4", moving_square(5), 16)
-    one_line(error)
-    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
+    path = write_video(tmp_path / "clip.mp4", moving_square(5), 16, {"seed": 3})
+    said = capsys.readouterr().out
+    assert re.search("Unknown encoder 'libx264'.*ffmpeg -v error .*-s 96x64 .*clip.*part.mp4", said)
+    assert said.startswith(f"note: the clip goes to {path} instead, because ffmpeg failed") and said.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.mp4", "clip.webp"]
     assert (tmp_path / "clip.mp4").read_bytes() == b"an older video"
+    with Image.open(path) as image:
+        assert json.loads(image.getexif()[0x010E]) == {"seed": 3}
+
+
+def test_a_long_prompt_is_no_argument(tmp_path, monkeypatch):
+    """Linux passes on 131,071 bytes: what is longer goes through a file, whose signs are escaped."""
+    seen = []
+
+    def encodes(command, **_):
+        seen.append(command)
+        at = command.index("-map_metadata")
+        assert command[at + 1] == "1" and command.count("-i") == 2
+        seen.append(Path(command[command.index("ffmetadata") + 2]).read_text("utf-8"))
+        Path(command[-1]).write_bytes(b"a video")
+        return subprocess.CompletedProcess(command, 0, b"", b"")
+
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", encodes)
+    prompt = "\u6e05" * 30_000 + ' = ; # \\ "\n'
+    assert write_video(tmp_path / "clip.mp4", moving_square(5), 16, {"prompt": prompt}).suffix == ".mp4"
+    command, text = seen
+    assert max(len(word) for word in command) < 131_072 and not any(word.startswith("comment=") for word in command)
+    first, comment = text.rstrip("\n").split("\n")
+    assert first == ";FFMETADATA1" and comment.startswith("comment=")
+    unescaped = re.sub(r"\\(.)", r"\1", comment.removeprefix("comment="))
+    assert json.loads(unescaped) == {"prompt": prompt}
+    assert [p.name for p in tmp_path.iterdir()] == ["clip.mp4"]
 
 
 def test_bad_frames_and_names_are_refused(tmp_path):

@@ -752,6 +752,7 @@ OTHERS = {
     "--offload",
     "--compile",
     "--decode",
+    "--resume",  # test_generate_resume.py
     "--version",
     "--traceback",
 }

@@ -18,6 +18,7 @@ from wan_mini.sizes import Configs
 from wan_mini.weight_file import CONFIG, INDEX, read_safetensors_header, unpickle
 
 WEIGHT_FILES = (".safetensors", ".pth")
+OTHER_FILES = (".pt", ".bin", ".ckpt")  # names that training code gives to what torch.save writes
 LOW_NOISE = "low_noise_dit"  # the second transformer of Wan 2.2 A14B; the first one is its "dit"
 TIED = {"shared.weight", "encoder.embed_tokens.weight"}  # one tensor that a text encoder may hold under both names
 DTYPES = {  # safetensors -> torch; float8 has a scale beside it, see fp8.py
@@ -72,15 +73,20 @@ class Part:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder (or a single weight file) of which all headers are read: {"dit" | "vae" | ...: Part}."""
+    """A checkpoint folder (or a single weight file) of which all headers are read: {"dit" | "vae" | ...: Part}.
+
+    passed_over: files that look like weights and are no known part, with the reason.
+    """
 
     path: Path
     parts: dict[str, Part]
+    passed_over: tuple[str, ...] = ()
 
     def require(self, kind: str) -> Part:
         """The part of this kind. Raises MissingFile that says where to get it."""
         if kind not in self.parts:
-            raise MissingFile(f"no {kind} in {self.path}, {name_gguf(self.path)}{download_hint(kind)}")
+            looked = f" (passed over: {abbreviate(list(self.passed_over))})" if self.passed_over else ""
+            raise MissingFile(f"no {kind} in {self.path}{looked}, {name_gguf(self.path)}{download_hint(kind)}")
         return self.parts[kind]
 
 
@@ -93,8 +99,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise MissingFile(f"{path} does not exist: give a checkpoint folder or a weight file")
     files = [path]
+    passed_over = []
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in WEIGHT_FILES and not file.is_dir())
+        below = sorted(file for file in path.rglob("*") if not file.is_dir())
+        files = [file for file in below if file.suffix in WEIGHT_FILES]
+        others = [file for file in below if file.suffix in OTHER_FILES or file.suffix.lower() in WEIGHT_FILES]
+        passed_over = [f"{file.name}, not named .safetensors or .pth" for file in others if file not in files]
     tensors: dict[str, list[TensorHeader]] = {}
     configs: dict[str, Configs] = {}
     for file in files:
@@ -106,10 +116,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             kind = _kind(layout.part, str(file).removeprefix(str(path)))
             tensors.setdefault(kind, []).extend(headers)
             configs.setdefault(kind, []).append(config)
+        else:
+            passed_over.append(f"{file.name}, {_stranger(headers)}")
     parts = {}
     for kind in tensors:
         parts[kind] = _assemble(tensors[kind], configs[kind], path if path.is_dir() else path.parent)
-    return Checkpoint(path, parts)
+    return Checkpoint(path, parts, tuple(passed_over))
+
+
+def _stranger(headers: list[TensorHeader]) -> str:
+    """Why a file is no part: its tensors have the names of another program, or lie deeper than at its top."""
+    if not headers:
+        return "which holds no tensors by name"
+    return f"whose tensors have other names, such as {headers[0].key}"
 
 
 def _kind(part: str, name: str) -> str:

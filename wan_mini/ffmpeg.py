@@ -4,6 +4,7 @@ Whoever sends a video chooses its bytes. So ffmpeg may open this one file only (
 few containers (no playlists), of pictures up to a size, and is stopped if it gives no picture for a while.
 """
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,7 +26,12 @@ CONTAINERS = "mov,mp4,matroska,webm,avi,gif,mpegts,mpeg,flv"
 TIME_LIMIT = 60.0  # seconds without a picture
 # Alpha lies in a second stream, which ffmpeg's own decoders of these leave out.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+LONGEST_ARGUMENT = 100_000  # bytes; Linux passes on 131,071, Windows 32,767 of a whole command
 HDR = ("smpte2084", "arib-std-b67")  # transfer functions: PQ and HLG
+
+
+class FfmpegFailed(UserError):
+    """ffmpeg ended with an error: its first line, and the command."""
 
 
 def is_installed() -> bool:
@@ -159,24 +165,41 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
     """
     height = frames.shape[1] // 2 * 2
     width = frames.shape[2] // 2 * 2
-    command = encode_command(path, f"{width}x{height}", fps, comment)
     pixels = frames[:, :height, :width].tobytes()
-    process = subprocess.run(command, input=pixels, capture_output=True)
+    tags = ["-metadata", f"comment={comment}"]
+    inputs: list[str] = []
+    file = path.with_suffix(".txt").absolute()
+    try:
+        if len(comment.encode()) > LONGEST_ARGUMENT:
+            file.write_text(f";FFMETADATA1\ncomment={_escaped(comment)}\n", encoding="utf-8")
+            inputs = ["-f", "ffmetadata", "-i", str(file)]
+            tags = ["-map_metadata", "1"]
+        command = encode_command(path, f"{width}x{height}", fps, tags, inputs)
+        process = subprocess.run(command, input=pixels, capture_output=True)
+    finally:
+        file.unlink(missing_ok=True)
     if process.returncode != 0:
         raise _ffmpeg_failed(command, process.stderr)
 
 
-def encode_command(path: Path, size: str, fps: float, comment: str) -> list[str]:
-    """The command that encodes raw rgb24 frames of a size such as "832x480" from stdin."""
+def _escaped(text: str) -> str:
+    """A value as ffmpeg's metadata files have it."""
+    return re.sub(r"([=;#\\\n])", r"\\\1", text)
+
+
+def encode_command(path: Path, size: str, fps: float, tags: list[str], inputs: list[str]) -> list[str]:
+    """The command that encodes raw rgb24 frames of a size such as "832x480" from stdin.
+
+    tags: the metadata's options; inputs: those of files beside the frames.
+    """
     command = ["ffmpeg", "-v", "error", "-y"]
-    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-framerate", str(fps), "-i", "-"]
+    command += ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-framerate", str(fps), "-i", "-", *inputs]
     command += ["-c:v", "libx264", "-crf", "18", "-pix_fmt", "yuv420p", "-movflags", "+faststart"]
     command += ["-vf", "scale=out_color_matrix=bt709"]  # a player guesses the colors of an untagged file
     command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
-    command += ["-metadata", f"comment={comment}", str(path.absolute())]
-    return command
+    return [*command, *tags, str(path.absolute())]
 
 
-def _ffmpeg_failed(command: list[str], log: bytes, mend: str = "") -> UserError:
+def _ffmpeg_failed(command: list[str], log: bytes, mend: str = "") -> FfmpegFailed:
     lines = log.decode(errors="replace").splitlines() or ["it gave no reason"]
-    return UserError(f"ffmpeg failed ({lines[0]}): {mend}run it by hand to learn more: {shlex.join(command)}")
+    return FfmpegFailed(f"ffmpeg failed ({lines[0]}): {mend}run it by hand to learn more: {shlex.join(command)}")

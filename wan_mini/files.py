@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from wan_mini.errors import UserError
@@ -49,9 +50,9 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what killed processes have left half written in a folder."""
-    for file in folder.glob(".*.part*"):
+def remove_partial(folder: Path, stem: str = "") -> None:
+    """Remove what killed processes have left half written in a folder: of files whose names begin so, or of all."""
+    for file in folder.glob(f".{escape(stem)}*.part*"):
         file.unlink(missing_ok=True)
 
 

@@ -84,6 +84,16 @@ class FlowUniPC:
             return self._advance(index, self._start, clean, 0.0)
         return self._advance(index, self._start, clean, 0.5 * self._slope(index, self._clean))
 
+    def memory(self) -> dict[str, Tensor]:
+        """What a step needs of those before it, float32, to go on in another process."""
+        named = {f"clean{age}": clean for age, clean in enumerate(reversed(self._clean))}
+        return {"start": self._start, **named}
+
+    def remember(self, memory: dict[str, Tensor]) -> None:
+        """Go on with what `memory` has given."""
+        self._start = memory["start"]
+        self._clean = [memory[f"clean{age}"] for age in (1, 0) if f"clean{age}" in memory]
+
     def _advance(self, index: int, start: Tensor, clean: Tensor, drift: Tensor | float) -> Tensor:
         """One step from sigmas[index], whose clean prediction is `clean`.
 

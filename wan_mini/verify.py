@@ -11,6 +11,11 @@ from each of its first four, at every offset, and mirrored.
 Exit status: 0 the mark is there, 1 it was not found, 2 an error. Not found is no proof of another origin.
 """
 
+if __name__ == "__main__":
+    from wan_mini.runs.interrupt import end_quietly
+
+    end_quietly()
+
 import math
 import sys
 from collections.abc import Iterator, Sequence

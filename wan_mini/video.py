@@ -74,8 +74,8 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict
     frames: (T, H, W, 3) uint8; an mp4 drops an odd last row or column, as its colors are stored per 2x2 pixels.
     fps: frames per second; a WebP counts whole milliseconds, so 16 fps alternates 62 and 63.
     metadata: JSON-able, kept as the mp4's comment or the WebP's EXIF ImageDescription.
-    An older file of that name is replaced, once the new one is complete.
-    Raises UserError, with ffmpeg's command if that failed.
+    An older file of that name is replaced, once the new one is complete. Where ffmpeg cannot encode, a WebP is written
+    instead, and a note says why. Raises UserError.
     """
     path = Path(path)
     if not _is_clip(frames) or len(frames) == 0 or fps <= 0:
@@ -87,11 +87,16 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float, metadata: dict
     if target != path:
         print(f"no ffmpeg on PATH, so the clip goes to {target}; for an mp4: {ffmpeg.INSTALL}")
     comment = json.dumps(metadata or {})
+    if target.suffix == ".mp4":
+        try:
+            with write_whole(target) as partial:
+                ffmpeg.write_mp4(partial, frames, fps, comment)
+            return target
+        except ffmpeg.FfmpegFailed as error:
+            target = path.with_suffix(".webp")
+            print(f"note: the clip goes to {target} instead, because {error}")
     with write_whole(target) as partial:
-        if target.suffix == ".mp4":
-            ffmpeg.write_mp4(partial, frames, fps, comment)
-        else:
-            _write_webp(partial, frames, fps, comment)
+        _write_webp(partial, frames, fps, comment)
     return target
 
 

@@ -1,17 +1,19 @@
 """The command line of every program: arguments, options by name, errors in one line."""
 
 import argparse
+import io
+import os
 import re
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any, NoReturn, TextIO, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TextIO, TypeVar, cast, get_args, get_type_hints
 
 import torch
 
@@ -53,7 +55,10 @@ def seed_number(text: str) -> int:
 
 
 class PlainOutput:
-    """A stream whose control characters, and those that its encoding lacks, are shown as escapes."""
+    """A stream whose control characters, and those that its encoding lacks, are shown as escapes.
+
+    Where nobody reads any more (`| head -1`), or the disk is full, text is dropped: that is no reason to lose a run.
+    """
 
     def __init__(self, stream: TextIO, keep: str):
         self.stream = stream
@@ -63,7 +68,24 @@ class PlainOutput:
         """Write what a terminal shows and does not obey."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         plain = printable(text, self.keep).encode(encoding, "backslashreplace")
-        return self.stream.write(plain.decode(encoding))
+        with self._lost_if_broken():
+            self.stream.write(plain.decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass on what is kept back."""
+        with self._lost_if_broken():
+            self.stream.flush()
+
+    @contextmanager
+    def _lost_if_broken(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with suppress(OSError, ValueError):  # what is kept back must not fail again when the process ends
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.stream.fileno())
+                os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -73,10 +95,13 @@ class PlainOutput:
 def plain_output() -> Iterator[None]:
     """Names of files, texts of models and prompts are printed everywhere: here they become plain for all."""
     with ExitStack() as stack:
-        if sys.stdout is not None:
-            stack.enter_context(redirect_stdout(PlainOutput(sys.stdout, "\n\t")))
-        if sys.stderr is not None:
-            stack.enter_context(redirect_stderr(PlainOutput(sys.stderr, "\n\t\r")))
+        for redirect, stream, keep in (
+            (redirect_stdout, sys.stdout, "\n\t"),
+            (redirect_stderr, sys.stderr, "\n\t\r"),
+        ):
+            output = PlainOutput(io.StringIO() if stream is None else stream, keep)  # None: it was closed (>&-)
+            stack.enter_context(redirect(cast(TextIO, output)))
+            stack.callback(output.flush)
         yield
 
 
@@ -170,10 +195,13 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """SIGTERM and SIGHUP end a program as Ctrl-C does, which cleans up; a signal that is ignored (nohup) stays so."""
+    """SIGTERM and SIGHUP end a program as Ctrl-C does, which cleans up; a signal that is ignored (nohup) stays so.
+
+    SIGINT is among them where end_quietly had it wait for this.
+    """
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
             number = getattr(signal, name, None)
             if number is not None and signal.getsignal(number) == signal.SIG_DFL:
                 before[number] = signal.signal(number, signal.default_int_handler)

@@ -62,6 +62,9 @@ def read_saved(path: Path) -> Saved:
         dtype = DTYPES[settings["dtype"].removeprefix("torch.")]
         latents = tensors["latents"]
         flows = tuple(tensors[name] for name in FLOWS if name in tensors)
+    except UserError as problem:
+        reason = str(problem).removeprefix(f"{path}: ")
+        raise UserError(f"{path}: {reason}: the file is damaged, or of another version") from None
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} holds no run's latents ({problem}): give the latents.safetensors of a run") from None
     shape = latent_shape(clip.frames, clip.height, clip.width)

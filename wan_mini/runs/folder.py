@@ -63,7 +63,7 @@ def new_folder(out: Path | None, root: Path = Path("outputs")) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, so that no other process resumes a run that is still going; a kill lets it go.
+    """Hold a run's folder, or a file of it, so that no other process resumes a run that is going; a kill lets it go.
 
     Raises UserError if another process holds it. Windows, and some network disks, know no such locks.
     """
@@ -77,7 +77,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is the folder of a run that is still going: wait for it, or stop it") from None
+            raise UserError(f"{folder} is of a run that is still going: wait for it, or stop it") from None
         except OSError:
             print(f"note: {folder} cannot be locked: do not resume this run while it goes")
         yield

@@ -15,15 +15,17 @@ from wan_mini.errors import UserError
 from wan_mini.files import Unwritable
 from wan_mini.pipeline import Guidance
 from wan_mini.runs.folder import save_tensors
+from wan_mini.scheduler import FlowEuler, FlowUniPC
 
 STATE = "state."  # before the names of a guidance's tensors
 EVERY = 60.0  # seconds between two saves; a step is never cut
-OF_RUN = ("reference", "latents")  # tensors; any other is the guidance's
+OF_RUN = ("reference", "latents")  # tensors; any other is the guidance's or the sampler's
+SAMPLER = "sampler."  # before the names of the sampler's tensors
 PATHS = ("model", "ref")  # settings that may change: files move, their hashes tell whether they are the same
 
 
 class Journal:
-    """The state of one denoising run: the reference's latents, the latents, the step, the guidance's history.
+    """The state of one denoising run: the reference's latents, the latents, the step, guidance's and sampler's history.
 
     There is no random state beside: the start noise is that of the seed, and nothing else is drawn. A wan_mini.pipeline
     .Journal. A disk that is full stops no run: it is said once, and the run goes on.
@@ -36,13 +38,15 @@ class Journal:
         hashes: Mapping[str, str],
         *,
         every: float = EVERY,
+        sampler: FlowEuler | FlowUniPC | None = None,
     ):
-        """Read the state if the file is there. Raises UserError if it is of another run."""
+        """Read the state if the file is there. sampler: may have a memory. Raises UserError if it is of another run."""
         self.path = path
         self.settings = {name: value for name, value in settings.items() if name not in PATHS}
         self.hashes = hashes  # of parts that are read when they work, they come later
         self.begun_with: Mapping[str, str] = {}  # the hashes of the run that goes on
         self.every = every
+        self.sampler = sampler if isinstance(sampler, FlowUniPC) else None  # Euler's steps know nothing of each other
         self.step = 0
         self.history: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
@@ -56,6 +60,11 @@ class Journal:
         """The reference's latents (1,16,F,h,w), once they are encoded."""
         return self.tensors.get("reference")
 
+    def begin(self) -> None:
+        """Save what the run is to be, from which it could begin again."""
+        if not self.path.exists():
+            self._write()
+
     def keep_reference(self, latents: Tensor) -> None:
         """Save the reference's latents (1,16,F,h,w), which took a stage of their own."""
         self.tensors["reference"] = latents
@@ -65,17 +74,23 @@ class Journal:
         """The step to go on with and its latents, on the device of those given, which are the start's."""
         if "latents" not in self.tensors:
             return 0, latents
+        memory = {}
         for name, tensor in self.tensors.items():
-            if name.startswith(STATE):
-                guidance.state[name.removeprefix(STATE)] = tensor.to(latents.device)  # type: ignore[union-attr]
+            here = tensor.to(latents.device)
+            if name.startswith(SAMPLER):
+                memory[name.removeprefix(SAMPLER)] = here
+            elif name.startswith(STATE):
+                guidance.state[name.removeprefix(STATE)] = here  # type: ignore[union-attr]
             elif name not in OF_RUN:
-                setattr(guidance, name, tensor.to(latents.device))
+                setattr(guidance, name, here)
         for name, value in self.history.items():
             kept = getattr(guidance, name)
             if isinstance(kept, list):
                 kept[:] = value  # the same list: others may append to it, too
             else:
                 setattr(guidance, name, value)
+        if self.sampler is not None:
+            self.sampler.remember(memory)
         return self.step, self.tensors["latents"].to(latents.device)
 
     def beside(self, suffix: str) -> Path:
@@ -87,12 +102,14 @@ class Journal:
         self.step = step
         self.tensors = {name: value for name, value in self.tensors.items() if name in OF_RUN}
         self.tensors["latents"] = latents
+        if self.sampler is not None:
+            self.tensors |= {f"{SAMPLER}{name}": tensor for name, tensor in self.sampler.memory().items()}
         self.history = {}
         for name in getattr(guidance, "history", ()):
             value = getattr(guidance, name)
             (self.tensors if isinstance(value, Tensor) else self.history)[name] = value
         for name, tensor in getattr(guidance, "state", {}).items():
-            self.tensors[STATE + name] = tensor
+            self.tensors[f"{STATE}{name}"] = tensor
         if step == steps or time.monotonic() - self._saved >= self.every:
             self._write()
 

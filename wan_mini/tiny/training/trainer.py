@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from wan_mini.errors import UserError
+from wan_mini.files import Unwritable, write_whole
 from wan_mini.tiny.training.data import Sampler
 from wan_mini.tiny.training.muon import Muon, split_parameters
 from wan_mini.tiny.training.recipe import Batch, Recipe
@@ -95,21 +96,31 @@ class Trainer:
         """Write everything that the next step depends on, whole or not at all."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
         state |= {"step": self.step, "seconds": self.seconds, "drawn": self.sampler.drawn, "losses": self.losses}
-        part = self.file.with_suffix(".part")
-        torch.save(state | {"settings": self.settings()}, part)
-        part.replace(self.file)
+        try:
+            with write_whole(self.file) as part:
+                torch.save(state | {"settings": self.settings()}, part)
+        except RuntimeError as problem:  # torch's word for a disk that is full
+            raise Unwritable(f"cannot write {self.file} ({problem}): make room, the last state is whole") from None
 
     def resume(self) -> None:
-        """Go back to the last save. Raises UserError if it was made with other settings."""
-        state = torch.load(self.file, map_location="cpu", weights_only=True)
-        if state["settings"] != self.settings():
-            raise UserError(f"{self.file} was begun with {state['settings']}: use these, or another --work")
-        for name, part in self.parts().items():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
-        self.seconds = state["seconds"]
-        self.losses = state["losses"]
-        self.sampler.drawn.update(state["drawn"])
+        """Go back to the last save. Raises UserError if it was made with other settings, or is damaged."""
+        try:
+            state = torch.load(self.file, map_location="cpu", weights_only=True)
+            settings = state["settings"]
+        except Exception as problem:  # on broken bytes torch raises RuntimeError, EOFError, UnpicklingError and more
+            raise UserError(f"{self.file} is no state ({type(problem).__name__}): remove it to begin anew") from problem
+        if settings != self.settings():
+            raise UserError(f"{self.file} was begun with {settings}: use these, or another --work")
+        try:
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+            self.seconds = state["seconds"]
+            self.losses = state["losses"]
+            self.sampler.drawn.update(state["drawn"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as problem:
+            reason = str(problem).splitlines()[0]
+            raise UserError(f"{self.file} is no whole state ({reason}): remove it to begin anew") from problem
 
     def run(self, loss_of: LossFunction, draw_samples: Callable[[], np.ndarray]) -> None:
         """Step until the end, with a save and a picture of samples every few minutes.

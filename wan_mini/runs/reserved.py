@@ -1,0 +1,48 @@
+"""The files of a run of wan_mini.generate, which has no folder of its own: names taken once, the state beside them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from wan_mini.errors import UserError
+from wan_mini.files import Unwritable, remove_partial
+from wan_mini.runs.folder import locked
+
+LATENTS = ".safetensors"
+STATE = ".state.safetensors"
+OUTPUTS = (".mp4", ".webp", ".html")  # without ffmpeg, an mp4 becomes a webp
+
+
+def state_file(out: Path) -> Path:
+    """Where a run keeps what it has reached, beside the video that it is to write."""
+    return out.with_suffix(STATE)
+
+
+@contextmanager
+def reserved(out: Path, *suffixes: str, resumed: bool = False) -> Iterator[None]:
+    """Take the output's name with each of these suffixes, so that no other run can; the last one by an empty file.
+
+    resumed: the names are those of this very run. What is still empty after an error is removed. Raises UserError
+    unless the output is a video, and new; Unwritable, before anything is computed, if nothing can be written there.
+    """
+    if out.suffix not in (".mp4", ".webp"):
+        raise UserError(f"--out must end in .mp4 or .webp, got {out}")
+    for suffix in suffixes:
+        file = out.with_suffix(suffix)
+        if file.exists() and not resumed:
+            raise UserError(f"{file} exists already: choose another --out")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(exist_ok=resumed)
+    except FileExistsError:
+        raise UserError(f"{out.parent} is no folder, or {file} exists already: choose another --out") from None
+    except OSError as error:
+        raise Unwritable(f"cannot write into {out.parent} ({error.strerror}): choose another --out") from None
+    try:
+        with locked(file):
+            if resumed:
+                remove_partial(out.parent, f"{out.stem}.")
+            yield
+    finally:
+        if file.exists() and file.stat().st_size == 0:
+            file.unlink()
