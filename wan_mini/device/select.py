@@ -1,5 +1,6 @@
 """What a run computes with: its device, its dtype, its attention kernel, its compiler."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -48,6 +49,15 @@ def pick_device(name: str | None = None) -> torch.device:
             usable.append(kind)
             usable += [f"{kind}:{index}" for index in range(1, count)]
         raise UserError(f"device {name} is not available here, choose one of: {', '.join(usable)}")
+    return device
+
+
+def device_of_process(name: str | None) -> torch.device:
+    """The named or best device; of several GPUs the one of this process, where torchrun has started it."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
     return device
 
 
