@@ -2,13 +2,15 @@
 
     python -m benchmarks.evaluate --clips 8 --methods none,dense,fastvmt --csv results.csv
     python -m benchmarks.evaluate --split train --methods fastvmt --vary block=2 "tau=5 window=7"
+    torchrun --nproc-per-node 8 -m benchmarks.evaluate --clips 50       # each process takes the next clip
 
 Each clip gets a prompt that differs from it in shapes, colors and background. Each method makes a video of it from the
 same noise, with the checkpoint's own settings (motion.json) but for what METHODS or --vary change. Hyperparameters are
-tuned on clips of the training split, as in the second command.
+tuned on clips of the training split, as in the second command. A clip that fails is named, and the others go on.
 """
 
 import csv
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,10 +22,11 @@ import torch
 from tqdm import tqdm
 
 import fastvmt
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import DTYPES, device_of_process, pick_dtype
 from wan_mini.errors import UserError
 from wan_mini.load import load_wan
 from wan_mini.runs.cli import Parser, parse_pairs, run, with_options
+from wan_mini.runs.jobs import JobQueue
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import (
@@ -90,10 +93,10 @@ def classifier_accuracy(seed: int, count: int, split: str = "held-out") -> Itera
 
 
 def evaluate(
-    generate: Generate, methods: Sequence[str], seed: int, count: int, split: str = "held-out"
+    generate: Generate, methods: Sequence[str], clips: Sequence[tuple[int, str]], split: str = "held-out"
 ) -> Iterator[Row]:
-    """One row for each clip and method; a clip's number is its seed, which makes it again."""
-    for number, kind in clip_seeds(seed, count):
+    """One row for each clip and method; a clip's number is its seed, which makes it again (clip_seeds)."""
+    for number, kind in clips:
         clip = make_clip(number, kind, split)
         scene = other_scene(clip, number)
         for method in methods:
@@ -158,21 +161,24 @@ def _align(lines: list[list[str]]) -> str:
     return "\n".join(texts)
 
 
+def start_csv(path: Path | None) -> None:
+    """A new CSV file without rows."""
+    if path is not None:
+        with path.open("x", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, COLUMNS).writeheader()
+
+
 def write_rows(rows: Iterable[Row], path: Path | None) -> list[Row]:
-    """Collect rows, each written to the CSV file as soon as it is there, so that a stopped run keeps its own."""
-    if path is None:
-        return list(rows)
+    """Collect rows; each is appended to the CSV file as soon as it is there, so that a stopped run keeps its own."""
     done = []
-    with path.open("x", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            done.append(row)
+    for row in rows:
+        done.append(row)
+        if path is not None:
             cells = {}
             for name, value in row.items():
                 cells[name] = _cell(value)
-            writer.writerow(cells)
-            file.flush()
+            with path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(cells)
     return done
 
 
@@ -203,8 +209,8 @@ def parser() -> Parser:
     return p
 
 
-def program(argv: list[str] | None = None) -> None:
-    """The classifier on real clips, then all methods on other ones."""
+def program(argv: list[str] | None = None) -> int:
+    """The classifier on real clips, then all methods on other ones. Returns 1 if a clip failed, else 0."""
     args = parser().parse_args(argv)
     names = args.methods.split(",")
     if not set(names) <= METHODS.keys():
@@ -219,7 +225,7 @@ def program(argv: list[str] | None = None) -> None:
         configs[name] = replace(preset, **METHODS[name])
     for options in args.vary:
         configs[options] = with_options(preset, parse_pairs(options.split(), "--vary"), "--vary")
-    device = pick_device(args.device)
+    device = device_of_process(args.device)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
 
     def generate(clip: Clip, prompt: str, method: str, seed: int) -> tuple[np.ndarray, int]:
@@ -227,13 +233,27 @@ def program(argv: list[str] | None = None) -> None:
         assert result.frames is not None  # a transfer ends with its frames; only its callback sees none
         return result.frames, result.report["gradients"]
 
-    print(f"{args.clips} {args.split} clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")
-    accuracy = list(classifier_accuracy(args.seed, args.classifier_clips, args.split))
-    print("the attribute classifier on real clips")
-    print(table(accuracy, ("color_ok", "background_ok", "shape_ok")))
-    rows = write_rows(evaluate(generate, list(configs), args.seed, args.clips, args.split), args.csv)
-    print("motion transfer")
-    print(table(rows))
+    clips = clip_seeds(args.seed, args.clips)
+    rows: list[Row] = []
+
+    def measure(clip: tuple[int, str]) -> None:
+        rows.extend(write_rows(evaluate(generate, list(configs), [clip], args.split), args.csv))
+
+    def introduce() -> None:
+        print(f"{args.clips} {args.split} clips of seed {args.seed}, {wan.name} on {device}, torch {torch.__version__}")
+        accuracy = list(classifier_accuracy(args.seed, args.classifier_clips, args.split))
+        print("the attribute classifier on real clips")
+        print(table(accuracy, ("color_ok", "background_ok", "shape_ok")))
+        start_csv(args.csv)
+
+    queue = JobQueue()
+    queue.begin(introduce)
+    queue.run(measure, clips, [f"clip {number}" for number, _ in clips], tracebacks=False)
+    failed, results = queue.finish(json.dumps(rows, default=float))
+    if queue.rank == 0:
+        print("motion transfer")
+        print(table([row for result in results for row in json.loads(result)]))
+    return failed
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python -m benchmarks.table1 --clips 50                      # all methods; hours, and a stopped run goes on
     python -m benchmarks.table1 --clips 8 --methods fastvmt "moft, equal"
     python -m benchmarks.table1 --show                          # the table of what has been run
+    torchrun --nproc-per-node 8 -m benchmarks.table1 --clips 50       # each process takes the next clip
 
 A training-free peer has two rows. "own" is its authors' guided share and updates, with rates scaled to FastVMT's sum
 of rate x updates; "equal" is FastVMT's share, updates and rates, with a gradient at every update. Methods that train
@@ -13,6 +14,7 @@ A row of the CSV is one clip and method, all from the same noise.
 import hashlib
 import json
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,11 +28,11 @@ from torch import Tensor
 import fastvmt
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.fidelity import chance_levels, unrelated_clip
-from benchmarks.metrics.rows import Row, append_rows, ranks, read_rows, table
+from benchmarks.metrics.rows import Row, append_rows, ranks, read_rows, start_rows, table
 from benchmarks.metrics.world import quality
 from wan_mini.config import latent_shape
 from wan_mini.device.memory import GB, Gradient, gradient_bytes, module_bytes
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import DTYPES, device_of_process, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_wan
@@ -38,6 +40,7 @@ from wan_mini.peers import adapted, presets, training_free
 from wan_mini.peers.methods import METHODS, gradient_of
 from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import Parser, run
+from wan_mini.runs.jobs import JobQueue
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import SPLITS, Clip, make_clip, other_scene, score
@@ -199,8 +202,31 @@ def parser() -> Parser:
     return p
 
 
-def program(argv: list[str] | None = None) -> None:
-    """Run what the CSV lacks, list the options, print the table."""
+def run_missing(args: Namespace, known: Mapping[str, Entry], names: Sequence[str], queue: JobQueue) -> int:
+    """Append the rows that the CSV lacks and list all options. Returns 1 if a clip failed in any process, else 0."""
+    rows = read_rows(args.csv)
+    device = device_of_process(args.device)
+    wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
+    methods = {name: known[name] for name in names}
+    check_settings(rows, methods, wan.hashes, args.csv)
+    done = {(row["clip"], row["method"]) for row in rows}
+    clips = clip_seeds(args.seed, args.clips)
+    options = {name: asdict(entry.config) for name, entry in known.items()}
+
+    def prepare() -> None:
+        start_rows(args.csv)
+        args.csv.with_suffix(".json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+
+    def measure(clip: tuple[int, str]) -> None:
+        append_rows(rows_of(wan, methods, [clip], args.split, done), args.csv)
+
+    queue.begin(prepare)
+    queue.run(measure, clips, [f"clip {number}" for number, _ in clips], tracebacks=False)
+    return queue.finish()[0]
+
+
+def program(argv: list[str] | None = None) -> int:
+    """Run what the CSV lacks, and print the table. Returns 1 if a clip failed, else 0."""
     args = parser().parse_args(argv)
     if args.clips < 1:
         raise UserError(f"got --clips {args.clips}: give at least 1")
@@ -209,19 +235,15 @@ def program(argv: list[str] | None = None) -> None:
     unknown = sorted(set(names) - known.keys())
     if unknown:
         raise UserError(f"got --methods {', '.join(unknown)}: choose from {'; '.join(known)}")
-    rows = read_rows(args.csv)
+    failed = 0
+    queue = JobQueue()
     if not args.show:
-        device = pick_device(args.device)
-        wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
-        methods = {name: known[name] for name in names}
-        check_settings(rows, methods, wan.hashes, args.csv)
-        done = {(row["clip"], row["method"]) for row in rows}
-        append_rows(rows_of(wan, methods, clip_seeds(args.seed, args.clips), args.split, done), args.csv)
-        options = {name: asdict(entry.config) for name, entry in known.items()}
-        args.csv.with_suffix(".json").write_text(json.dumps(options, indent=1) + "\n", encoding="utf-8")
+        failed = run_missing(args, known, names, queue)
+    if queue.rank == 0:
         rows = read_rows(args.csv)
-    print(table(rows, list(known)))
-    print("\n".join(ranks(rows)))
+        print(table(rows, list(known)))
+        print("\n".join(ranks(rows)))
+    return failed
 
 
 if __name__ == "__main__":

@@ -2,15 +2,26 @@
 
 import csv
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ranks import run_ranks
 
 import fastvmt
 from benchmarks import evaluate
-from benchmarks.evaluate import COLUMNS, METHODS, classifier_accuracy, clip_seeds, mean_with_interval, table, write_rows
+from benchmarks.evaluate import (
+    COLUMNS,
+    METHODS,
+    classifier_accuracy,
+    clip_seeds,
+    mean_with_interval,
+    start_csv,
+    table,
+    write_rows,
+)
 from wan_mini.errors import UserError
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
@@ -31,7 +42,8 @@ def test_rows_and_table(tmp_path):
         assert prompt == other_scene(clip, seed).caption
         return (clip.frames, 4) if method == "fastvmt" else (clip.frames[::-1], 0)
 
-    rows = write_rows(evaluate.evaluate(generate, ["none", "fastvmt"], 2, 2), tmp_path / "rows.csv")
+    start_csv(tmp_path / "rows.csv")
+    rows = write_rows(evaluate.evaluate(generate, ["none", "fastvmt"], clip_seeds(2, 2)), tmp_path / "rows.csv")
     with (tmp_path / "rows.csv").open() as file:
         lines = list(csv.reader(file))
     assert lines[0] == list(COLUMNS)
@@ -108,6 +120,32 @@ def test_program(wan, folder, tmp_path, monkeypatch, capsys):
     with rows_file.open() as file:
         assert [row["method"] for row in csv.DictReader(file)] == ["none", "block=1", "tau=5 lr=0.1,0.2"]
     assert "1 train clips of seed 3" in capsys.readouterr().out
+
+
+def test_two_processes_share_the_clips(folder, tmp_path, monkeypatch):
+    """Each row once, in one file and one table; a clip that fails is named, the others go on, both end with 1."""
+    folder = Path(shutil.copytree(folder, tmp_path / "model"))
+    shutil.copyfile(CHECKPOINT / "motion.json", folder / "motion.json")
+    clips = [number for number, _ in clip_seeds(0, 4)]
+
+    def transfer(wan, clip, prompt, config, *, seed, device):
+        time.sleep(0.2)  # so that no process takes all
+        if seed == clips[1]:
+            raise RuntimeError("out of\nluck")
+        return fastvmt.Transfer(latents=None, flows=(None, None), report={"gradients": 7}, frames=clip)
+
+    monkeypatch.setattr(fastvmt, "transfer", transfer)
+    flags = ["--model", str(folder), "--clips", "4", "--classifier-clips", "1", "--device", "cpu"]
+    flags += ["--methods", "none", "--csv", str(tmp_path / "rows.csv")]
+    codes, printed = run_ranks(2, flags, tmp_path / "log", evaluate.program)
+    assert codes == [1, 1], printed
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(int(row["clip"]) for row in rows) == sorted([clips[0], *clips[2:]])
+    errors = [line for text in printed for line in text.splitlines() if line.startswith("error: ")]
+    assert errors == [f"error: clip {clips[1]}: out of luck"]
+    assert printed[0].splitlines()[-1].split()[:3] == ["all", "none", "3"]
+    assert "motion transfer" not in printed[1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from fastvmt import main
 from wan_mini.checkpoint import read_tensors
 from wan_mini.device import host
-from wan_mini.device.host import fit_dtype, forget_pages, free_host_memory
+from wan_mini.device.host import PIECE, fit_dtype, forget_pages, free_host_memory, pieces
 from wan_mini.device.memory import set_weight_dtypes, weight_bytes
 from wan_mini.device.offload import on_device
 from wan_mini.errors import UserError
@@ -110,6 +110,20 @@ def test_pages_are_given_back_and_can_be_read_again(tmp_path):
     forgotten = resident_kb()
     assert read - forgotten > 15_000, (before, read, forgotten)
     assert torch.equal(mapped, values)
+
+
+def test_a_mapped_tensor_is_held_piece_by_piece(tmp_path):
+    """In order, also of a view whose elements do not lie in order."""
+    values = torch.arange(2**24, dtype=torch.float32).view(2**12, 2**12)  # 64 MB, four pieces
+    save_file({"x": values}, tmp_path / "x.safetensors")
+    ((_, mapped),) = read_tensors(tmp_path / "x.safetensors", ["x"])
+    before, held, start = resident_kb(), [], 0
+    for piece in pieces(mapped):
+        assert piece.nbytes <= PIECE and torch.equal(piece, values.view(-1)[start : start + len(piece)])
+        held.append(resident_kb() - before)
+        start += len(piece)
+    assert start == values.numel() and max(held) < 2 * PIECE / 1024, held
+    assert torch.equal(torch.cat([piece.clone() for piece in pieces(mapped.mT)]), values.mT.reshape(-1))
 
 
 def test_offloading_on_a_cpu_is_the_same_run(folder, tmp_path):

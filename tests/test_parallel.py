@@ -1,6 +1,7 @@
 """Several processes give what one gives: gloo on a CPU, started as torchrun would, one thread each."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -48,10 +49,11 @@ def alone(argv, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "count"), [("cfg", 2), ("sequence", 2), ("cfg,sequence", 4)], ids=["cfg", "sequence", "both"]
+    ("mode", "count"),
+    [("cfg", 2), ("sequence", 2), ("cfg,sequence", 4), ("cfg,weights", 2), ("sequence,weights", 2)],
 )
 def test_several_processes_make_what_one_makes(mode, count, argv, alone, tmp_path):
-    """Guided latents and flows within 1e-5; only the first process writes and prints."""
+    """Guided latents and flows within 1e-5; only the first process writes and prints. Sharded weights are halved."""
     out = tmp_path / "run"
     codes, printed = run_ranks(count, [*argv, "--parallel", mode, "--out", str(out)], tmp_path / "log")
     assert codes == [0] * count, printed
@@ -61,6 +63,10 @@ def test_several_processes_make_what_one_makes(mode, count, argv, alone, tmp_pat
         assert (got[name] - expected).abs().max() <= 1e-5, name
     assert json.loads((out / "run.json").read_text())["parallel"] == mode
     assert "wrote" in printed[0] and not any(printed[1:])
+    shares = re.findall(r"^weights of the transformer: (\S+) of (\S+) GB", printed[0], re.M)
+    assert len(shares) == mode.endswith("weights")
+    for held, whole in shares:
+        assert 0.5 <= float(held) / float(whole) < 0.55  # the first process has what does not split evenly
 
 
 def test_what_does_not_split_evenly_is_refused_in_one_line(argv, tmp_path):
@@ -70,6 +76,8 @@ def test_what_does_not_split_evenly_is_refused_in_one_line(argv, tmp_path):
         (["--parallel", "cfg,sequence"], "--parallel cfg,sequence takes 4, 6 ... processes of torchrun, got 2"),
         (["--parallel", "sequence", "--height", "80", "--frames", "9", "--width", "48"], "got 4 heads and 45 tokens"),
         (["--parallel", "sequence", "--offload", "blocks"], "needs blocks that stay on the device"),
+        (["--parallel", "cfg,weights", "--offload", "blocks"], "cfg,weights needs blocks that stay on the device"),
+        (["--parallel", "cfg,weights", "--offload"], "needs weights that are read before the run"),
     ):
         words = [word for word in argv if not flags[2:] or word.partition("=")[0] not in ("height", "width", "frames")]
         codes, printed = run_ranks(2, [*words, *flags, "--out", str(out)], tmp_path / "log")

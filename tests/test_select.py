@@ -116,6 +116,9 @@ def test_attention_by_device(monkeypatch):
     pretend(monkeypatch, gpus=1, capability=(8, 9))
     assert pick_attention(CUDA) == ("flash", "efficient", "math")
     assert pick_attention(CUDA, "cudnn") == ("cudnn", "flash", "efficient", "math")
+    monkeypatch.setitem(select.MEASURED_ATTENTION, (8, 9), ("efficient", "flash", "math"))
+    assert pick_attention(CUDA) == ("efficient", "flash", "math")
+    assert pick_attention(CUDA, "math") == ("math", "efficient", "flash")
     assert pick_attention(CPU) == pick_attention(MPS) == ()
     assert pick_attention(CPU, "math")[0] == "math"
     with pytest.raises(UserError, match="attention must be one of cudnn, flash, efficient, math, got torch"):

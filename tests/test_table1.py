@@ -3,11 +3,13 @@
 import csv
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from ranks import run_ranks
 
 from benchmarks import table1
 from benchmarks.evaluate import clip_seeds
@@ -97,6 +99,28 @@ def test_a_run_that_goes_on(model, tmp_path, capsys, monkeypatch):
     table1.program([*flags, "--show"])
     assert capsys.readouterr().out.count("| chance: jitter | 1 |") == 1
     assert len(read_rows(file)) == len(rows)
+
+
+def test_two_processes_share_the_clips(model, tmp_path, monkeypatch):
+    """Of stubs: every row once below one heading; one that fails is named, and both processes end with 1."""
+    clips = [number for number, _ in clip_seeds(0, 4)]
+
+    def stub(wan, methods, clips_of_job, split, done):
+        ((number, kind),) = clips_of_job
+        time.sleep(0.2)
+        if number == clips[2]:
+            raise RuntimeError("out of luck")
+        yield {**row_of("none", str(number), 0.5, 1.0), "kind": kind}
+
+    monkeypatch.setattr(table1, "rows_of", stub)
+    file = tmp_path / "rows.csv"
+    flags = ["--model", str(model), "--clips", "4", "--device", "cpu", "--csv", str(file), "--methods", "none"]
+    codes, printed = run_ranks(2, flags, tmp_path / "log", table1.program)
+    assert codes == [1, 1], printed
+    assert sorted(row["clip"] for row in read_rows(file)) == sorted(map(str, [*clips[:2], clips[3]]))
+    assert sum(text.count(f"error: clip {clips[2]}: out of luck") for text in printed) == 1
+    assert "| none | 3 |" in printed[0] and "| none |" not in printed[1]
+    assert json.loads(file.with_suffix(".json").read_text()).keys() >= {"none", "fastvmt"}
 
 
 def test_rows_of_other_options_are_not_mixed(model, tmp_path):

@@ -4,12 +4,12 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
-import torch
 from torch import Tensor
 
 from wan_mini.json_file import read_json
@@ -23,11 +23,8 @@ def sha256_file(file: Path) -> str:
     """SHA-256 of a file, read in pieces: it may be larger than the memory."""
     sha256 = hashlib.sha256()
     with file.open("rb") as stream:
-        while True:
-            piece = stream.read(CHUNK)
-            if not piece:
-                return sha256.hexdigest()
-            sha256.update(piece)
+        _hash_next(sha256, stream, file.stat().st_size)
+    return sha256.hexdigest()
 
 
 def cache_folder() -> Path:
@@ -81,8 +78,8 @@ class FileHasher:
         for key, tensor in hasher.watch(file, read_tensors(file, keys)):
             ...  # a thread hashes this tensor meanwhile
 
-    A safetensors file is a header and then its tensors without gaps, so that header and tensors in the order of their
-    offsets are the file. A pickle (.pth) is an archive: it is streamed once, while its tensors are loaded.
+    The thread reads the file itself, as many bytes as the tensor has, so that both find them in the system's cache: a
+    tensor that it read by the map would keep pages in this process's memory.
     """
 
     def __init__(self) -> None:
@@ -90,45 +87,33 @@ class FileHasher:
         self.cache = HashCache()
 
     def watch(self, file: Path, tensors: Tensors) -> Iterator[tuple[str, Tensor]]:
-        """Yield (key, tensor) of all tensors of a file, in the order of their offsets, and hash the file meanwhile."""
+        """Yield (key, tensor) of all tensors of a file, and hash the file meanwhile."""
         known = self.cache.get(file)
         if known is not None:
             yield from tensors
             self.digests[file] = known
             return
         version = _version(file)
-        watch = _watch_pickle if file.suffix == ".pth" else _watch_safetensors
-        with ThreadPoolExecutor(max_workers=1) as worker:  # hashlib and torch both release the interpreter's lock
-            digest = yield from watch(file, tensors, worker)
-        self.digests[file] = digest
-        self.cache.store(file, version, digest)
+        sha256 = hashlib.sha256()
+        with file.open("rb") as stream, ThreadPoolExecutor(max_workers=1) as worker:
+            for key, tensor in tensors:
+                update = worker.submit(_hash_next, sha256, stream, tensor.nbytes)
+                yield key, tensor
+                del tensor  # so that one tensor of the file is held at a time
+                update.result()
+            _hash_next(sha256, stream, version[0])  # what is no tensor, or was left out
+        self.digests[file] = sha256.hexdigest()
+        self.cache.store(file, version, self.digests[file])
 
 
-def _watch_pickle(file: Path, tensors: Tensors, worker: ThreadPoolExecutor) -> Generator[tuple[str, Tensor], None, str]:
-    """Yield the tensors and return the file's hash."""
-    whole = worker.submit(sha256_file, file)
-    yield from tensors
-    return whole.result()
-
-
-def _watch_safetensors(
-    file: Path, tensors: Tensors, worker: ThreadPoolExecutor
-) -> Generator[tuple[str, Tensor], None, str]:
-    """Yield the tensors and return the file's hash."""
-    with file.open("rb") as stream:
-        header = stream.read(8)  # the size of the rest of the header, little-endian
-        header += stream.read(int.from_bytes(header, "little"))
-    sha256 = hashlib.sha256(header)
-    size = len(header)
-    for key, tensor in tensors:
-        update = worker.submit(sha256.update, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        size += tensor.nbytes
-        yield key, tensor
-        del tensor  # so that one tensor of the file is held at a time
-        update.result()
-    if size != file.stat().st_size:  # a gap, or a tensor that was left out
-        return sha256_file(file)
-    return sha256.hexdigest()
+def _hash_next(sha256: Any, stream: BinaryIO, size: int) -> None:
+    """Hash the next bytes of a file, at most `size` of them; hashlib releases the interpreter's lock."""
+    while size > 0:
+        piece = stream.read(min(size, CHUNK))
+        if not piece:
+            return
+        sha256.update(piece)
+        size -= len(piece)
 
 
 def _version(file: Path) -> tuple[int, int]:

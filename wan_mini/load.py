@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from wan_mini.build import MODULES, build_and_check
 from wan_mini.checkpoint import LOW_NOISE, Checkpoint, Part, read_checkpoint, read_tensors
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, TINY_UMT5, TINY_VAE, UMT5_XXL, WAN_VAE
-from wan_mini.device.host import forget_pages
+from wan_mini.device.host import pieces
 from wan_mini.device.memory import set_weight_dtypes
 from wan_mini.dit import WanDiT, keeps_float32
 from wan_mini.errors import MissingFile, UserError
@@ -247,8 +247,9 @@ def load_weights(
 ) -> nn.Module:
     """Fill a module on the meta device: read, cast, check and move one tensor at a time.
 
-    So the peak of memory is the module and one tensor. changes: what is added to some parameters. Raises UserError on
-    a tensor that is not finite or all zero, and on two copies of a tied tensor that differ.
+    So the peak of memory is the module and a piece of a tensor; a whole one if it is changed on the way, by the scales
+    of fp8 or by `changes`, what is added to some parameters. Raises UserError on a tensor that is not finite or all
+    zero, and on two copies of a tied tensor that differ.
     """
     state: dict[str, Tensor] = {}
     scales = read_scales(part)
@@ -265,7 +266,6 @@ def load_weights(
             for change in (changes or {}).get(name, []):
                 tensor = change.added_to(tensor)
             weight = _cast(tensor, f"{file}: {key}", name, _dtype_of(part, name, dtype)).to(device)
-            forget_pages(tensor)
             del tensor  # it keeps its file mapped
             if name not in state:
                 state[name] = weight
@@ -284,7 +284,11 @@ def _dtype_of(part: Part, name: str, dtype: torch.dtype) -> torch.dtype:
 
 def _cast(tensor: Tensor, source: str, name: str, dtype: torch.dtype) -> Tensor:
     """A copy, so that overwriting the file does not change the model. Raises UserError as load_weights."""
-    weight = tensor.to(dtype, copy=True)
+    weight = torch.empty(tensor.shape, dtype=dtype)
+    end = 0
+    for piece in pieces(tensor):
+        start, end = end, end + len(piece)
+        weight.view(-1)[start:end].copy_(piece)
     low, high = weight.aminmax()  # both bounds carry a NaN along
     if not (low.isfinite() and high.isfinite()):
         raise UserError(f"{source} is not finite as {dtype}: damaged, or the dtype is too narrow for it")

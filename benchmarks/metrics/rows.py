@@ -54,14 +54,19 @@ def read_rows(path: Path, measures: Sequence[str] = MEASURES) -> list[Row]:
     return rows
 
 
-def append_rows(rows: Iterator[Row], path: Path, measures: Sequence[str] = MEASURES) -> None:
-    """Write each row as soon as it is there, behind those of an earlier run."""
+def start_rows(path: Path, measures: Sequence[str] = MEASURES) -> None:
+    """A file without rows, unless there is one of an earlier run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
+    if not path.exists():
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, (*HEAD, *measures)).writeheader()
+
+
+def append_rows(rows: Iterator[Row], path: Path, measures: Sequence[str] = MEASURES) -> None:
+    """Write each row as soon as it is there, behind those of an earlier run, or of another process of this one."""
+    start_rows(path, measures)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, (*HEAD, *measures), extrasaction="ignore")
-        if new:
-            writer.writeheader()
         for row in rows:
             cells = {}
             for name, value in row.items():

@@ -3,7 +3,7 @@
 import ctypes
 import mmap
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from wan_mini.errors import UserError
 
 MEMORY_INFO = Path("/proc/meminfo")  # Linux
 MADV_DONTNEED = 4  # of Linux's madvise
+PIECE = 2**24  # bytes of a mapped file that are held at once
 
 
 def free_host_memory() -> int | None:
@@ -61,3 +62,14 @@ def forget_pages(tensor: Tensor) -> None:
     stop = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if stop > start:
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A mapped tensor's elements in order: (...) -> flat views of at most PIECE bytes, whose pages are given back.
+
+    Nothing else may hold the tensor's memory: if it is no mapped file's, its contents are lost.
+    """
+    flat = tensor.reshape(-1)  # (...) -> (numel,)
+    for piece in flat.split(max(1, PIECE // tensor.element_size())):
+        yield piece
+        forget_pages(piece)

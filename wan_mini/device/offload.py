@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._mode_utils import no_dispatch  # torch has no public way to hide operations from a checkpoint
 
 from wan_mini.errors import UserError
@@ -40,7 +41,13 @@ def block_owners(module: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def _weights_on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Exchange a module's weights for copies on the device, or read them for as long as they work (load_wan)."""
+    """Exchange a module's weights for copies on the device, or read them for as long as they work (load_wan).
+
+    Weights that several processes share out (shard.py) are there already.
+    """
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        yield
+        return
     read = getattr(module, "read_weights", None)
     if read is not None:
         read()

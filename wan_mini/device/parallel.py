@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 2 fastvmt.py ... --parallel cfg            # each process makes one of a step's two passes
     torchrun --nproc-per-node 4 fastvmt.py ... --parallel sequence       # each has a quarter of the tokens
     torchrun --nproc-per-node 8 fastvmt.py ... --parallel cfg,sequence   # both: two groups of four
+    torchrun --nproc-per-node 2 fastvmt.py ... --parallel cfg,weights    # each has half of the transformer's weights
 
 Tokens meet in self-attention only. There the processes change from a share of the tokens to a share of the heads, and
 back behind it (all-to-all; DeepSpeed-Ulysses, arXiv 2309.14509), forward and backward, so a gradient is shared out too.
 Queries and keys of the block that is read are gathered, and every process computes the whole loss of them. Every
-process holds all weights and ends each step with the same latents; the first one writes.
+process ends each step with the same latents, and the first one writes. Each holds all weights, unless they are shared
+out as well (shard.py).
 """
 
 import os
@@ -22,10 +24,11 @@ from torch import Tensor
 from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 from wan_mini.attention import OneProcess, attention
-from wan_mini.device.select import pick_device
+from wan_mini.device.shard import held_bytes, shard_weights
 from wan_mini.errors import UserError
 
-MODES = ("cfg", "sequence", "cfg,sequence")
+MODES = ("cfg", "sequence", "cfg,sequence", "cfg,weights", "sequence,weights", "cfg,sequence,weights")
+CPU = torch.device("cpu")
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -71,16 +74,18 @@ class _Join(torch.autograd.Function):
 class Ranks(OneProcess):
     """The processes of a run, as one of them sees them."""
 
-    def __init__(self, mode: str):
-        """Mode is one of MODES. Raises UserError if it does not go with the number of processes."""
-        self.name = mode
+    def __init__(self, mode: str, device: torch.device = CPU):
+        """Mode is one of MODES; device: this process's. Raises UserError if there are not as many as the mode takes."""
+        self.name, self.device = mode, device
+        mode = mode.removesuffix(",weights")
+        self.shards_weights = mode != self.name
         self.size = dist.get_world_size()
         self.writes = dist.get_rank() == 0
         self.shares_passes = mode != "sequence"
         counts = {"cfg": [2], "sequence": range(2, 1025), "cfg,sequence": range(4, 1025, 2)}[mode]
         if self.size not in counts:
             known = ", ".join(map(str, counts[:2]))
-            raise UserError(f"--parallel {mode} takes {known} ... processes of torchrun, got {self.size}")
+            raise UserError(f"--parallel {self.name} takes {known} ... processes of torchrun, got {self.size}")
         whole = dist.group.WORLD
         assert whole is not None
         # Which processes share the tokens of a pass: outside of classifier-free guidance all, inside it half of them.
@@ -105,10 +110,10 @@ class Ranks(OneProcess):
 
     def check(self, config: Any, tokens: int, offload: str) -> None:
         """Raises UserError if a model with this config and a clip of so many tokens cannot be split evenly."""
+        if offload == "blocks" and self.name != "cfg":
+            raise UserError(f"--parallel {self.name} needs blocks that stay on the device, got --offload blocks")
         if self.half is None or self.whole is None:
             return
-        if offload == "blocks":
-            raise UserError("--parallel sequence needs blocks that stay on the device, got --offload blocks")
         n = self.half.size()
         if config.num_heads % n or tokens % n:
             got = f"{config.num_heads} heads and {tokens} tokens"
@@ -122,6 +127,10 @@ class Ranks(OneProcess):
         dit.ranks = self
         for block in dit.blocks:
             block.self_attn.attend = self.attend
+        if self.shards_weights:
+            whole = held_bytes(dit)
+            shard_weights(dit, self.device, self.size)
+            print(f"weights of the transformer: {held_bytes(dit) / 1e9:.3g} of {whole / 1e9:.3g} GB in this process")
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """This process's tokens. Raises UserError if there are more of them for some processes than for others."""
@@ -164,15 +173,6 @@ class Ranks(OneProcess):
         return max(values)
 
 
-def device_of_process(name: str | None) -> torch.device:
-    """The named or best device; of several GPUs the one of this process, where torchrun has started it."""
-    device = pick_device(name)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def open_ranks(mode: str | None, device: torch.device) -> Iterator[OneProcess]:
     """The processes that torchrun has started, for a mode of MODES; None: this process alone.
@@ -188,10 +188,10 @@ def open_ranks(mode: str | None, device: torch.device) -> Iterator[OneProcess]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         if dist.get_rank() == 0:
-            yield Ranks(mode)
+            yield Ranks(mode, device)
             return
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield Ranks(mode)
+            yield Ranks(mode, device)
     except (UserError, FloatingPointError):
         if dist.get_rank() == 0:
             raise

@@ -1,13 +1,15 @@
 """What a run computes with: its device, its dtype, its attention kernel, its compiler."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from wan_mini.device.offload import block_owners
 from wan_mini.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -17,6 +19,8 @@ ATTENTION_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
+# The order measured on GPUs of a compute capability, by `python -m benchmarks.speed.dit`; others follow the rule below.
+MEASURED_ATTENTION: dict[tuple[int, int], tuple[str, ...]] = {}
 
 
 def device_counts() -> dict[str, int]:
@@ -48,6 +52,15 @@ def pick_device(name: str | None = None) -> torch.device:
             usable.append(kind)
             usable += [f"{kind}:{index}" for index in range(1, count)]
         raise UserError(f"device {name} is not available here, choose one of: {', '.join(usable)}")
+    return device
+
+
+def device_of_process(name: str | None) -> torch.device:
+    """The named or best device; of several GPUs the one of this process, where torchrun has started it."""
+    device = pick_device(name)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
     return device
 
 
@@ -94,7 +107,8 @@ def pick_attention(device: torch.device, name: str | None = None) -> tuple[str, 
     """The attention kernels to try, the first choice first; () leaves the choice to torch, as on CPU and MPS.
 
     With a name, that kernel comes first, and the others are used where it cannot be: no flash kernel takes float32
-    or the VAE's wide head, and cuDNN's takes neither. Hopper GPUs and later have the faster cuDNN kernels.
+    or the VAE's wide head, and cuDNN's takes neither. Hopper GPUs and later have the faster cuDNN kernels; what was
+    measured on an architecture (MEASURED_ATTENTION) holds there instead.
     Raises UserError for a name outside ATTENTION_BACKENDS.
     """
     if name is not None and name not in ATTENTION_BACKENDS:
@@ -102,8 +116,11 @@ def pick_attention(device: torch.device, name: str | None = None) -> tuple[str, 
     if name is None and device.type != "cuda":
         return ()
     order = ["flash", "efficient", "math"]
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        order.insert(0, "cudnn")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= (9, 0):
+            order.insert(0, "cudnn")
+        order = list(MEASURED_ATTENTION.get(capability, order))
     if name is not None:
         order = [name, *(other for other in order if other != name)]
     return tuple(order)
@@ -122,11 +139,17 @@ def attention_backend(order: tuple[str, ...]) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def exact_float32(device: torch.device) -> Iterator[None]:
-    """Compute float32 convolutions and matrix products in float32 inside the `with`, not in TF32 or bfloat16.
+def exact_float32(device: torch.device) -> AbstractContextManager[None]:
+    """Compute float32 convolutions and matrix products in float32 inside the `with`, not in TF32 or bfloat16."""
+    return float32_products(device, "ieee")
 
-    TF32 keeps 10 of 23 bits of a product's factors, and is torch's default for convolutions on a GPU.
+
+@contextmanager
+def float32_products(device: torch.device, precision: str) -> Iterator[None]:
+    """Compute float32 convolutions and matrix products by "ieee" (exact) or "tf32" inside the `with`.
+
+    TF32 keeps 10 of 23 bits of a product's factors, and is torch's default for convolutions on a GPU. It is for GPUs
+    only: a CPU stays exact.
     """
     backends: Any = torch.backends  # whose type hints do not know these settings
     settings: tuple[Any, ...] = ()
@@ -137,7 +160,7 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     before = [setting.fp32_precision for setting in settings]
     try:
         for setting in settings:
-            setting.fp32_precision = "ieee"
+            setting.fp32_precision = "ieee" if device.type == "cpu" else precision
         yield
     finally:
         for setting, precision in zip(settings, before, strict=True):
@@ -165,3 +188,21 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     blocks: Any = model.blocks
     for block in blocks:
         block.compile(dynamic=False, **options)
+
+
+def compile_regions(dit: nn.Module, text_encoder: nn.Module, **options: Any) -> None:
+    """Compile a transformer's blocks, queries and keys, and head, and a text encoder's blocks, in place.
+
+    Each is one graph (fullgraph) and serves all steps of a run. options: torch.compile's. The VAE is left out: what
+    stands between its convolutions has more sizes and layouts than the eight codes that torch compiles of a function.
+    """
+    options = {"fullgraph": True, **options}
+    compile_blocks(dit, **options)
+    for model in block_owners(dit):
+        transformer: Any = model
+        transformer.head.compile(dynamic=False, **options)
+        for block in transformer.blocks:
+            block.qk = torch.compile(block.qk, dynamic=False, **options)
+    encoder: Any = text_encoder
+    for block in encoder.blocks:
+        block.compile(**options)  # texts differ in length

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from traceback import print_exc
 from typing import Any
@@ -43,27 +43,58 @@ def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Na
     if not args.jobs.is_file():
         raise MissingFile(f"{args.jobs} does not exist: give a file with a job in JSON on each line")
     lines = args.jobs.read_text(encoding="utf-8").splitlines()
-    store, rank, processes = shared_store()
-    while True:
-        number = store.add("jobs/next", 1)  # 1, 2, ..., to one process each
-        if number > len(lines):
-            break
-        if not lines[number - 1].strip():
-            continue
-        try:
-            run(parse_job(lines[number - 1], parser, argv))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, the other jobs go on)
-            store.add("jobs/failed", 1)
-            if args.traceback:
-                print_exc()
-            print(f"error: {args.jobs} line {number}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    store.add("jobs/ended", 1)
-    wait_for(store, "jobs/ended", processes)
-    failed = store.add("jobs/failed", 0)
-    store.add("jobs/read", 1)
-    if rank == 0:
-        wait_for(store, "jobs/read", processes)  # the store ends with this process
-    return int(failed > 0)
+    names = [f"{args.jobs} line {number}" for number in range(1, len(lines) + 1)]
+
+    def run_line(line: str) -> None:
+        if line.strip():
+            run(parse_job(line, parser, argv))
+
+    queue = JobQueue()
+    queue.run(run_line, lines, names, tracebacks=args.traceback)
+    return queue.finish()[0]
+
+
+class JobQueue:
+    """Jobs of which each process that torchrun has started takes the next one; of a process alone, all are its own.
+
+    A process makes one queue, runs one list of jobs, which is the same in all, and finishes.
+    """
+
+    def __init__(self) -> None:
+        self.store, self.rank, self.processes = shared_store()
+
+    def begin(self, prepare: Callable[[], None]) -> None:
+        """Let the first process prepare what all of them need; the others wait for it."""
+        if self.rank == 0:
+            prepare()
+            self.store.add("jobs/ready", 1)
+        wait_for(self.store, "jobs/ready", 1)
+
+    def run(self, work: Callable[[Any], None], jobs: Sequence[Any], names: Sequence[str], *, tracebacks: bool) -> None:
+        """Call work(job) for those jobs that fall to this process; one that fails is reported by its name."""
+        while True:
+            number = self.store.add("jobs/next", 1)  # 1, 2, ..., to one process each
+            if number > len(jobs):
+                return
+            try:
+                work(jobs[number - 1])
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (whatever it is, the other jobs go on)
+                self.store.add("jobs/failed", 1)
+                if tracebacks:
+                    print_exc()
+                print(f"error: {names[number - 1]}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+    def finish(self, result: str = "") -> tuple[int, list[str]]:
+        """Wait for all processes. 1 if a job failed in any of them, else 0; and what each process gives, by rank."""
+        self.store.set(f"jobs/result{self.rank}", result)
+        self.store.add("jobs/ended", 1)
+        wait_for(self.store, "jobs/ended", self.processes)
+        failed = self.store.add("jobs/failed", 0)
+        results = [self.store.get(f"jobs/result{rank}").decode() for rank in range(self.processes)]
+        self.store.add("jobs/read", 1)
+        if self.rank == 0:
+            wait_for(self.store, "jobs/read", self.processes)  # the store ends with this process
+        return int(failed > 0), results
 
 
 def parse_job(line: str, parser: Parser, argv: list[str]) -> Namespace:

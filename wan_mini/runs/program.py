@@ -18,8 +18,15 @@ from wan_mini.attention import OneProcess
 from wan_mini.checkpoint import Checkpoint, read_checkpoint
 from wan_mini.config import ClipConfig, latent_shape, token_grid
 from wan_mini.device.host import fit_dtype
-from wan_mini.device.parallel import device_of_process, open_ranks
-from wan_mini.device.select import attention_backend, compile_blocks, describe, pick_attention, pick_dtype
+from wan_mini.device.parallel import open_ranks
+from wan_mini.device.select import (
+    attention_backend,
+    compile_blocks,
+    describe,
+    device_of_process,
+    pick_attention,
+    pick_dtype,
+)
 from wan_mini.device.timing import StageTimer, announced
 from wan_mini.files import remove_partial
 from wan_mini.load import Wan, build_from_folder, build_preset, load_wan

@@ -102,7 +102,7 @@ def build_parser(method: Method) -> Parser:
     model.add_argument("--offload", nargs="?", const="parts", default="none", choices=OFFLOAD, help=text)
     model.add_argument("--memory", type=float, metavar="GB", help="of the GPU: chooses what to offload and recompute")
     model.add_argument("--compile", action="store_true", help="compile the transformer's blocks (slow the first time)")
-    text = "share a run out over the processes of torchrun: cfg (two), sequence or cfg,sequence"
+    text = f"share a run out over the processes of torchrun: {' | '.join(MODES)}"
     model.add_argument("--parallel", choices=MODES, metavar="MODE", help=text)
     content = parser.add_argument_group("clip and prompt")
     content.add_argument("--ref", type=Path, help="mp4, GIF, WebP or folder of pictures (a clip of the tiny world)")
