@@ -12,10 +12,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
@@ -33,6 +29,7 @@ Entry = dict[str, Any]  # one line of the curve, as probe.py writes it
 def draw_curve(entries: list[Entry], recipe: Recipe, file: Path) -> None:
     """Draw what samples show (above) and each block's matching (below) against the step, as an SVG."""
     steps = [entry["step"] for entry in entries]
+    pyplot.switch_backend("svg")  # needs no screen
     pyplot.rcParams.update({"svg.hashsalt": "training curve", "font.size": 12})  # the same file every time
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(11, 8), sharex=True)
     for number, what in enumerate(("color", "background", "shape")):

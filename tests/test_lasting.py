@@ -430,9 +430,8 @@ def test_a_log_that_nobody_reads_stops_no_run(tmp_path, tail):
     command = f'"{sys.executable}" program.py result {tail}; echo "${{PIPESTATUS[0]}}" >status'
     (tmp_path / "program.py").write_text(BROKEN)
     root = str(Path(fastvmt.__file__).parent)
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
-    )
+    env = {**os.environ, "PATH": os.defpath, "PYTHONPATH": root}  # the small run of this file empties PATH
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert (tmp_path / "result").read_text() == "whole" and (tmp_path / "status").read_text() == "0\n"
     assert "Error" not in done.stdout + done.stderr
 

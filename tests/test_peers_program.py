@@ -156,8 +156,8 @@ def test_fields_are_reached_by_set(program, capsys):
 
 
 def test_every_flag_is_known(capsys):
-    """Those of fastvmt.py, which runs/ tests, but for two that name its options; and this program's own."""
-    shared = FLAGS.keys() - {"--amf", "--interval"}
+    """Those of fastvmt.py, which runs/ tests, but for three that name its options; and this program's own."""
+    shared = FLAGS.keys() - {"--amf", "--interval", "--preset"}
     assert named_in_help(main, capsys) == shared | OWN_FLAGS
 
     def moft(argv):
