@@ -41,7 +41,7 @@ def draw_curve(entries: list[Entry], recipe: Recipe, file: Path) -> None:
     blocks = len(entries[0]["matching"][LEVEL])
     for block in range(blocks):
         share = [100 * entry["matching"][LEVEL][block] for entry in entries]
-        label = f"block {block}, supervised" if block == BLOCK and recipe.matching else f"block {block}"
+        label = f"block {block}, supervised" if block == BLOCK else f"block {block}"
         below.plot(steps, share, color=COLORS[block], marker=MARKERS[block], markersize=4, label=label)
     below.set_ylabel(f"moving tokens matched within\none token at noise level {LEVEL}, %")
     below.set_xlabel("training step")

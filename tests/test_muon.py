@@ -11,7 +11,7 @@ from wan_mini.tiny.training.muon import MOMENTUM, Muon, orthogonalized, split_pa
 def test_orthogonalized_keeps_the_directions(shape):
     matrix = torch.randn(shape)
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
-    ours = orthogonalized(1000 * matrix)  # no matter how large
+    ours = orthogonalized(1000 * matrix[None])[0]  # no matter how large
     inside = u.mT @ ours @ vh.mT  # diagonal if the singular vectors are kept
     off_diagonal = inside - torch.diag(inside.diagonal())
     assert off_diagonal.abs().max() < 0.01
@@ -20,7 +20,7 @@ def test_orthogonalized_keeps_the_directions(shape):
 
 
 def test_zero_stays_zero():
-    assert torch.equal(orthogonalized(torch.zeros(3, 4)), torch.zeros(3, 4))
+    assert torch.equal(orthogonalized(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
 
 def test_step_follows_the_formula():
@@ -32,7 +32,7 @@ def test_step_follows_the_formula():
         muon.step()
         average = MOMENTUM * average + (1 - MOMENTUM) * gradient
         ahead = (1 - MOMENTUM) * gradient + MOMENTUM * average
-        update = orthogonalized(ahead.reshape(6, 4)).reshape(6, 2, 1, 2)
+        update = orthogonalized(ahead.reshape(1, 6, 4)).reshape(6, 2, 1, 2)
         expected = expected - 0.1 * (6 / 4) ** 0.5 * update  # more outputs than inputs: a longer step
     assert torch.allclose(weight, expected, atol=1e-6)
 

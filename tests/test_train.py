@@ -27,7 +27,7 @@ from wan_mini.runs.request import load_preset
 from wan_mini.tiny import demo
 from wan_mini.tiny.training import __main__ as command
 from wan_mini.tiny.training import dit, fast_dit, fast_vae, recipe, trainer, vae
-from wan_mini.tiny.training.data import Pool, Sampler, make_shard
+from wan_mini.tiny.training.data import CLOSEUP, Pool, Sampler, crop_object, make_next, make_shard
 from wan_mini.tiny.training.recipe import Batch, Phase, Recipe, Stream
 from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.world import FRAMES, HELD_OUT, make_clip
@@ -51,8 +51,10 @@ RECIPES = {
     "dit": replace(
         COMMON,
         streams=(Stream("pictures", items=8, window=1, reuse=4), Stream("clips", items=2, window=1, reuse=8)),
-        phases=(Phase(10, (Batch("pictures", 1, 4),)), Phase(10, (Batch("pictures", 1, 4), Batch("clips", 3, 2)))),
-        matching=0.1,
+        phases=(
+            Phase(10, (Batch("pictures", 1, 4),)),
+            Phase(10, (Batch("pictures", 1, 4), Batch("clips", 3, 2, matching=0.1))),
+        ),
         matched=1,
         captions=200,
     ),
@@ -254,6 +256,37 @@ def test_shards_follow_each_other():
     for seed, caption, picture in zip(seeds[:3], shards[0]["caption"], shards[0]["latents"], strict=True):
         clip = make_clip(seed, frames=[seed % FRAMES])
         assert caption == clip.caption and np.array_equal(picture, clip.frames)
+
+
+def test_closeups_show_one_object_whole_enough():
+    """Its center is well inside, anywhere near the middle; and the shard has the crops, of single objects."""
+    centers = []
+    for seed in range(40):
+        clip = make_clip(seed, "single", frames=[seed % FRAMES])
+        frames = crop_object(clip, seed)
+        assert frames.shape == (1, *CLOSEUP, 3)
+        windows = np.lib.stride_tricks.sliding_window_view(clip.frames[0], (*CLOSEUP, 3))[..., 0, :, :, :]
+        found = np.argwhere((windows == frames[0]).all((2, 3, 4)))
+        assert len(found) == 1  # it is part of the frame
+        centers.append((clip.tracks[0, 0] - found[0]) / CLOSEUP)
+    assert np.min(centers) > 0.15 and np.max(centers) < 0.85 and np.std(centers) > 0.05
+    stream = Stream("closeups", items=2, window=1, reuse=1)
+    shard = make_shard(stream, 3, lambda frames: frames)
+    seed = int(shard["seeds"][1])
+    clip = make_clip(seed, "single", frames=[seed % FRAMES])
+    assert np.array_equal(shard["latents"][1], crop_object(clip, seed)) and shard["caption"][1] == clip.caption
+
+
+def test_a_worker_makes_what_nobody_makes(tmp_path):
+    """The next shard of the window that is neither there nor begun by another process."""
+    pool = Pool(tmp_path, lambda frames: frames)
+    stream = Stream("pictures", items=1, window=2, reuse=1)
+    assert not make_next(pool, [stream])  # no training has begun
+    (tmp_path / "windows.txt").write_text("pictures=5")
+    pool.make(stream, 5)
+    pool.file(stream, 6).with_suffix(".claim").touch()
+    assert make_next(pool, [stream])
+    assert pool.file(stream, 7).exists() and not pool.file(stream, 6).exists()
 
 
 def test_crops_are_where_something_changes():

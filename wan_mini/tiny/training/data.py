@@ -18,22 +18,32 @@ import torch
 from numpy.random import Generator
 
 from wan_mini.tiny.training.recipe import Stream
-from wan_mini.tiny.world import FRAMES, make_clip, true_positions
+from wan_mini.tiny.world import FRAMES, Clip, make_clip, true_positions
 
 Shard = dict[str, np.ndarray]
 Encoder = Callable[[np.ndarray], np.ndarray]
 MakeEncoder = Callable[[], Encoder | None]  # a worker process makes its own; None: items stay pixels
-FIRST_SEED = {"frames": 0, "pictures": 10**8, "clips": 2 * 10**8}  # no stream shares a scene with another
+FIRST_SEED = {
+    "frames": 0,
+    "pictures": 10**8,
+    "clips": 2 * 10**8,
+    "closeups": 3 * 10**8,
+}  # no scene is in two
 LENGTH = 17  # frames in an item of the stream "frames"
+CLOSEUP = (80, 96)  # height and width in pixels of an item of the stream "closeups"
 AHEAD = 6  # shards that workers make beyond a window
 
 
 def make_shard(stream: Stream, number: int, encode: Encoder | None) -> Shard:
     """The items of one shard: frames or latents, captions, and for clips the true positions for the matching loss."""
     seeds = FIRST_SEED[stream.name] + number * stream.items + np.arange(stream.items)
-    clips = [make_clip(seed, frames=_frames_of(stream.name, seed)) for seed in seeds.tolist()]
+    kind = "single" if stream.name == "closeups" else None
+    clips = [make_clip(seed, kind, frames=_frames_of(stream.name, seed)) for seed in seeds.tolist()]
     shard = {"seeds": seeds, "caption": np.array([clip.caption for clip in clips])}
-    frames = np.stack([clip.frames for clip in clips])
+    if stream.name == "closeups":
+        frames = np.stack([crop_object(clip, seed) for clip, seed in zip(clips, seeds.tolist(), strict=True)])
+    else:
+        frames = np.stack([clip.frames for clip in clips])
     if encode is None:
         return shard | {"frames": frames}
     shard["latents"] = encode(frames)
@@ -42,11 +52,24 @@ def make_shard(stream: Stream, number: int, encode: Encoder | None) -> Shard:
     return shard
 
 
+def crop_object(clip: Clip, seed: int) -> np.ndarray:
+    """The part (T,80,96,3) of a single object's frames (T,H,W,3) that shows it where the first begins, off center.
+
+    A shape fills a third of it: it weighs more in the loss than in a whole frame, at a third of the tokens.
+    """
+    rng = np.random.default_rng(seed)
+    size = np.array(CLOSEUP)
+    room = np.array(clip.frames.shape[1:3]) - size
+    center = clip.tracks[0, 0] + rng.uniform(-0.15, 0.15, 2) * size
+    top, left = (center - size / 2).clip(0, room).astype(int)
+    return clip.frames[:, top : top + CLOSEUP[0], left : left + CLOSEUP[1]]
+
+
 def _frames_of(name: str, seed: int) -> range:
     """Which frames of its clip an item shows."""
     if name == "clips":
         return range(FRAMES)
-    if name == "pictures":
+    if name in ("pictures", "closeups"):
         return range(seed % FRAMES, seed % FRAMES + 1)  # not always the first, where motions begin
     start = seed % (FRAMES - LENGTH + 1)
     return range(start, start + LENGTH)
@@ -153,8 +176,9 @@ def make_next(pool: Pool, streams: Sequence[Stream]) -> bool:
     for stream in streams:
         start = int(first[stream.name])
         for number in range(start, start + stream.window + AHEAD):
-            if not pool.file(stream, number).exists():
-                busy = pool.make(stream, number) or busy
+            missing = not pool.file(stream, number).exists()
+            if missing and pool.make(stream, number):  # False: the training makes it itself, so the next one is due
+                busy = True
                 break
     return busy
 

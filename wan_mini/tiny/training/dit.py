@@ -153,7 +153,7 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
 
     def loss_of(dit: WanDiT, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
         example = make_example(items, batch, rng, wan, recipe, job.device)
-        return flow_loss(dit, example, job.dtype, recipe.matching)
+        return flow_loss(dit, example, job.dtype, batch.matching)
 
     def draw_samples() -> np.ndarray:
         store(wan, tokenizer_file, job.folder)

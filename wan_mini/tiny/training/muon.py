@@ -18,7 +18,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)  # a x + b x^3 + c x^5: five times over, it 
 
 
 def orthogonalized(matrices: Tensor) -> Tensor:
-    """Bring all singular values of matrices (...,m,n) near 1 and leave their singular vectors, by products alone.
+    """Bring all singular values of matrices (k,m,n) near 1 and leave their singular vectors, by products alone.
 
     An odd polynomial of X is U p(S) V^T for X = U S V^T. Zero stays zero.
     """
@@ -27,8 +27,9 @@ def orthogonalized(matrices: Tensor) -> Tensor:
     a, b, c = QUINTIC
     x = matrices / matrices.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-12)  # no singular value exceeds the norm
     for _ in range(5):
-        gram = x @ x.mT  # (...,m,m)
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = x @ x.mT  # (k,m,m)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b G + c G G
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + polynomial X
     return x
 
 

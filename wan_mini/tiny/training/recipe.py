@@ -5,13 +5,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step is trained on: items of a stream, how many frames of each, and to which size they are cut."""
+    """What one step is trained on: items of a stream, how many frames of each, to which size they are cut.
+
+    matching is the weight of the DiT's matching loss, the only auxiliary term.
+    """
 
     stream: str
     frames: int
     items: int
     height: int = 0  # of a crop in pixels, for the VAE; 0: whole frames
     width: int = 0
+    matching: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,6 @@ class Recipe:
     noise: float = 0.0  # VAE: latents get noise of 0 to this many standard deviations
     captions: int = 3000  # DiT: of so many training scenes, the tokenizer is made
     dropout: float = 0.1  # DiT: share of captions that are replaced by the empty prompt
-    matching: float = 0.0  # DiT: weight of the matching loss, the only auxiliary term; 0: none
     matched: int = 2  # DiT: how many clips of a batch the matching loss is computed on, as it is slow
     samples: int = 4  # clips that each save is judged by; DiT: also 4 times as many pictures; VAE: 3 times at its end
 
@@ -71,24 +74,26 @@ VAE = Recipe(
     noise=0.3,
 )
 
+_CLOSEUPS = Batch("closeups", 1, 64)
 _PICTURES = Batch("pictures", 1, 32)
-_SHORT = Batch("clips", 3, 16)
-_LONG = Batch("clips", 9, 6)
+_SHORT = Batch("clips", 3, 16, matching=0.1)
+_SHORT_LATER = Batch("clips", 3, 16, matching=0.3)
+_LONG = Batch("clips", 9, 6, matching=0.3)
 DIT = Recipe(
     streams=(
-        Stream("pictures", items=256, window=24, reuse=3),  # latents of single frames
+        Stream("closeups", items=256, window=24, reuse=6),  # latents of crops of single frames around one object
+        Stream("pictures", items=256, window=24, reuse=6),  # latents of single frames
         Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
     ),
     phases=(
-        Phase(2000, (_PICTURES,)),
-        Phase(600, (_PICTURES, _SHORT)),
-        Phase(6000, (*[_PICTURES] * 7, _SHORT)),  # a picture teaches as much of shapes as a clip does
-        Phase(7400, (_PICTURES, _LONG, _SHORT, _LONG)),
+        Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large
+        Phase(3000, (_CLOSEUPS, _PICTURES)),
+        Phase(2400, (_CLOSEUPS, _PICTURES, _SHORT, _SHORT)),
+        Phase(9000, (_PICTURES, _LONG, _SHORT_LATER, _LONG, _CLOSEUPS, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
-    decay=4800,
-    matching=0.1,
+    decay=4000,
     samples=8,
 )
 
