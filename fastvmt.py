@@ -8,7 +8,7 @@ Attention Motion Flow (window.py). During the first denoising steps the latents 
 their motion flow matches the reference's (losses.py). `FastVMT` is that guidance, `transfer` a whole run.
 """
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before the other imports, which take a second
     from wan_mini.runs.interrupt import end_quietly
 
     end_quietly()
@@ -155,12 +155,12 @@ class FastVMT(SavingGuidance):
         if index >= self.config.guided_steps:
             return latents
         c = self.config
-        number, later = divmod(index, c.guide_every)
-        if later:
+        guided, skipped = divmod(index, c.guide_every)
+        if skipped:
             return latents
         rates = rates_of(c.lr, c.guided_steps, c.guide_every)
-        number, later = divmod(number, c.gradient_every)
-        if later:
+        number, reused = divmod(guided, c.gradient_every)
+        if reused:  # the gradient of an earlier guided step
             return optimize(latents, None, steps=c.optim_steps, lr=rates, gradient=self.state["gradient"])[0]
         self.choose_tokens(number)
         target = self.target_at(sigma, timestep)

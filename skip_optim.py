@@ -50,9 +50,7 @@ def optimize(
     for step in range(steps):
         rate = lr[0] + (lr[1] - lr[0]) * step / max(steps - 1, 1)
         optimizer.param_groups[0]["lr"] = rate
-        if (
-            loss_fn is not None and step % interval == 0
-        ):  # Eq. 9; at the other steps x.grad still is the last gradient, Eq. 10
+        if loss_fn is not None and step % interval == 0:  # Eq. 9; else x.grad is the last gradient, Eq. 10
             with torch.enable_grad():
                 loss = loss_fn(x)
             report.losses.append(loss.item())

@@ -36,5 +36,10 @@ def test_several_cuts_and_none():
     clips = [make_clip(seed, "single").frames[:5] for seed in (3, 4, 3)]
     assert find_cuts(np.concatenate(clips)) == [5, 10]
     still = np.repeat(clips[0][:1], 9, axis=0)
+    assert find_cuts(np.concatenate([still, np.repeat(clips[1][:1], 9, axis=0)])) == [9]  # two stills
+    growing = np.zeros((9, 32, 32, 3), dtype=np.uint8)
+    for number, frame in enumerate(growing):
+        frame[: 3 * number] = 255
+    assert find_cuts(growing) == find_cuts(growing.repeat(2, axis=0)) == []  # at half the rate, too
     assert find_cuts(still) == [] and find_cuts(still[:1]) == []
     assert len(split_at_cuts(still)) == 1 and len(split_at_cuts(still)[0]) == 9

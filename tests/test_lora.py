@@ -1,4 +1,4 @@
-"""Adapters on slices of heads, and temporal positions that are real numbers (peers.md's exact tests)."""
+"""Adapters on slices of heads, and temporal positions that are real numbers."""
 
 import copy
 

@@ -7,7 +7,7 @@ Frames are decoded one by one and only those of the clip are kept: a long video 
 import json
 import re
 from collections.abc import Iterator
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from wan_mini import ffmpeg
 from wan_mini.config import MAX_FPS, TOKEN_SIZE, valid_frames, valid_size
+from wan_mini.cuts import find_cuts
 from wan_mini.errors import MissingFile, UserError, check_positive
 from wan_mini.files import write_whole
 from wan_mini.images import IMAGE_EXTENSIONS, check_regular, read_animation, read_folder
@@ -161,17 +162,12 @@ def _read_images(path: Path, fps: float | None, frames: int | None) -> Iterator[
 
 def remarks(frames: np.ndarray) -> list[str]:
     """What a user should know about a reference clip (T, H, W, 3) uint8 whose motion is to be followed."""
-    jumps = []
-    for first, second in pairwise(frames):
-        jumps.append(float(np.abs(first.astype(np.int16) - second).mean()))
-    largest = max(jumps)
-    if largest == 0:
+    if (frames == frames[0]).all():
         return ["all frames of the reference are equal: there is no motion to follow"]
-    moving = np.array(jumps)[np.array(jumps) > 0]  # a clip of a low rate repeats frames
-    if largest > 40 and largest > 10 * np.median(moving):
-        frame = jumps.index(largest) + 1
-        return [f"the reference seems to have a cut before frame {frame}: motion is followed across it"]
-    return []
+    lines = []
+    for frame in find_cuts(frames):
+        lines.append(f"the reference seems to have a cut before frame {frame}: motion is followed across it")
+    return lines
 
 
 def _fit(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
