@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_frontier import copies
 
-import fastvmt
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
-from benchmarks.metrics.points import MEASURES, Point, first_frames, reduced, settings_of_point
+from benchmarks.metrics.points import MEASURES, first_frames, reduced, settings_of_point
 from benchmarks.metrics.rows import read_rows
 from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
+from benchmarks.studies.blocks import BlocksConfig, SeveralBlocks
 from benchmarks.studies.clips import CUT, GRAY, OCCLUDER, frames_at, occluded, played, with_cut
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import make_clip
@@ -78,7 +80,8 @@ def test_a_study_says_what_it_expects_and_runs(study, tmp_path, monkeypatch, cap
     settings = [settings_of_point(point, {}) for point in points.values()]
     assert len(points) >= 3 and len(set(settings)) >= 0.7 * len(points)  # the preset may be one of its variations
     calls = []
-    monkeypatch.setattr(fastvmt, "transfer", copies(calls))
+    copied = {name: replace(point, transfer=copies(calls)) for name, point in points.items()}
+    monkeypatch.setattr(study, "points", lambda: copied)
     names = [list(points)[0], list(points)[-1]]
     file = tmp_path / "rows.csv"
     flags = ["--clips", "1", "--device", "cpu", "--csv", str(file), "--points", *names]
@@ -100,7 +103,7 @@ def test_a_study_with_a_model(study, folder, tmp_path, monkeypatch):
     points = {}
     for name, point in study.points().items():
         config = type(point.config)(**{**vars(point.config), **few})
-        points[name] = Point(config, point.clip_of, point.clip_name, point.scored, point.scale)
+        points[name] = replace(point, config=config)
     monkeypatch.setattr(study, "points", lambda: points)
     names = [list(points)[0], list(points)[-1]]
     file = tmp_path / "rows.csv"
@@ -108,3 +111,19 @@ def test_a_study_with_a_model(study, folder, tmp_path, monkeypatch):
     rows = read_rows(file, MEASURES)
     assert [row["method"] for row in rows] == names and all(row["denoising_gflop"] > 0 for row in rows)
     assert json.loads((copy / "motion.json").read_text())
+
+
+def test_several_blocks_have_the_mean_of_their_losses(wan):
+    """Blocks 0 and 1 at equal latents and noise; the operations are those of both."""
+    reference, noise = torch.randn(2, 1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    text = torch.randn(1, 3, wan.dit.config.text_dim)
+    common = {"steps": 2, "guidance_fraction": 0.5, "optim_steps": 1, "window": 3, "tile": (2, 2)}
+    losses, operations = [], []
+    both = BlocksConfig(**common, block=1, beside=(0,))
+    for config in (BlocksConfig(**common, block=0), BlocksConfig(**common, block=1), both):
+        guidance = SeveralBlocks(wan.dit, reference, noise, text, text, config)
+        guidance.before_step(0, noise, torch.tensor(0.9), torch.tensor(900.0))
+        losses.append(guidance.losses[0][0])
+        operations.append(guidance.spent()["flops"]["guidance"])
+    assert losses[0] != losses[1] and losses[2] == pytest.approx((losses[0] + losses[1]) / 2)
+    assert operations[2] == operations[0] + operations[1]

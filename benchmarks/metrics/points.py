@@ -21,6 +21,7 @@ from benchmarks.table1 import settings_of
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_wan
+from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import Parser
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import SPLITS, Clip, make_clip, other_scene, score
@@ -41,6 +42,7 @@ class Point:
     clip_name: str = ""  # of clip_of, if it is another; rows of other clips must not be averaged
     scored: int | None = None  # frames, from the first, that are compared with the truth; None: all
     scale: int = 1  # the reference is enlarged by this, and the result made as small as the truth again
+    transfer: Callable[..., Transfer] = fastvmt.transfer
 
 
 def point_row(wan: Wan, point: Point, clip: Clip, seed: int) -> Row:
@@ -49,7 +51,7 @@ def point_row(wan: Wan, point: Point, clip: Clip, seed: int) -> Row:
     reference = clip.frames.repeat(point.scale, axis=1).repeat(point.scale, axis=2)
     meter = EnergyMeter()
     start = time.perf_counter()
-    result = fastvmt.transfer(wan, reference, scene.caption, point.config, seed=seed)
+    result = point.transfer(wan, reference, scene.caption, point.config, seed=seed)
     seconds = time.perf_counter() - start
     joules = meter.joules()
     assert result.frames is not None  # a run ends with its frames
