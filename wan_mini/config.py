@@ -159,7 +159,7 @@ WAN_VAE = VAEConfig()
 UMT5_XXL = UMT5Config(vocab=256384, dim=4096, dim_attn=4096, dim_ffn=10240, num_heads=64, num_layers=24)
 
 # The same architecture small enough for a laptop's CPU and a notebook.
-TINY = DiTConfig(dim=192, ffn_dim=768, num_heads=4, num_layers=6, text_dim=64, text_len=64)
+TINY = DiTConfig(dim=192, ffn_dim=768, num_heads=3, num_layers=6, text_dim=64, text_len=64)
 TINY_VAE = VAEConfig(dim=16, num_res_blocks=1)
 TINY_UMT5 = UMT5Config(vocab=512, dim=64, dim_attn=64, dim_ffn=128, num_heads=4, num_layers=2)
 

@@ -86,14 +86,15 @@ DIT = Recipe(
         Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
     ),
     phases=(
-        Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large
+        Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large: whole frames teach them ten times slower
         Phase(3000, (_CLOSEUPS, _PICTURES)),
         Phase(2400, (_CLOSEUPS, _PICTURES, _SHORT, _SHORT)),
-        Phase(9000, (_PICTURES, _LONG, _SHORT_LATER, _LONG, _CLOSEUPS, _LONG)),
+        Phase(1800, (_PICTURES, _LONG, _SHORT_LATER, _LONG, _CLOSEUPS, _LONG)),
+        Phase(3800, (_PICTURES, _LONG, _PICTURES, _LONG, _PICTURES, _SHORT_LATER)),  # close-ups lack several objects
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
-    decay=4000,
+    decay=3000,
     samples=8,
 )
 

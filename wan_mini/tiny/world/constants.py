@@ -9,15 +9,15 @@ KINDS = ("single", "several", "camera", "articulated")
 SPLITS = ("train", "held-out")
 
 # Radii of sprites; a range is drawn from. Margins keep what moves inside the frame.
-SINGLE_SIZE = (20.0, 26.0)
-SEVERAL_SIZE = (16.0, 21.0)
-RESTING_SIZE = 22.0  # of the object that rests under a moving camera
+SINGLE_SIZE = (24.0, 34.0)
+SEVERAL_SIZE = (18.0, 24.0)
+RESTING_SIZE = 26.0  # of the object that rests under a moving camera
 BODY_SIZE = 18.0  # of the body that has a limb
 ARM_SIZE = 19.0
 LEG_SIZE = 15.0
 BODY_REACH = 24.0  # no body of that radius reaches further from its center: what a tracker sees there is limb
 BODY_HEIGHT = 14.0  # of a body's center above the joint of its limb
-SINGLE_MARGIN = 24.0
+SINGLE_MARGIN = 30.0
 SEVERAL_MARGIN = 24.0
 CAMERA_MARGIN = 32.0
 LIMB_MARGIN = 42.0
