@@ -42,7 +42,7 @@ class Point:
     clip_name: str = ""  # of clip_of, if it is another; rows of other clips must not be averaged
     scored: int | None = None  # frames, from the first, that are compared with the truth; None: all
     scale: int = 1  # the reference is enlarged by this, and the result made as small as the truth again
-    transfer: Callable[..., Transfer] = fastvmt.transfer
+    transfer: Callable[..., Transfer] | None = None  # None: fastvmt.transfer
 
 
 def point_row(wan: Wan, point: Point, clip: Clip, seed: int) -> Row:
@@ -51,7 +51,8 @@ def point_row(wan: Wan, point: Point, clip: Clip, seed: int) -> Row:
     reference = clip.frames.repeat(point.scale, axis=1).repeat(point.scale, axis=2)
     meter = EnergyMeter()
     start = time.perf_counter()
-    result = point.transfer(wan, reference, scene.caption, point.config, seed=seed)
+    transfer = point.transfer or fastvmt.transfer
+    result = transfer(wan, reference, scene.caption, point.config, seed=seed)
     seconds = time.perf_counter() - start
     joules = meter.joules()
     assert result.frames is not None  # a run ends with its frames

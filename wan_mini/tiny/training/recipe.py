@@ -99,7 +99,7 @@ DIT = Recipe(
 )
 
 BLOCK = 3  # of the matching loss: the block that the method reads
-TAU = 3.0  # of the matching loss: the temperature that the method reads it at
+TAU = 3.0  # of the matching loss: the factor of its logits
 EMPTY = ""  # the prompt that stands for none
 SHIFT = 3.0  # of the noise levels, in training and sampling
 CFG = 3.0  # guidance scale of the samples
