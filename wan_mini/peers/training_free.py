@@ -52,7 +52,8 @@ PEERS = {
 }
 BUDGETS = ("equal", "own")
 SAMPLING = ("steps", "shift", "cfg", "negative")  # what a checkpoint's preset says for every method
-BUDGET = ("guidance_fraction", "optim_steps", "lr")  # what it says of FastVMT's guidance
+# FastVMT's guidance (Sec. 4.1), where a preset does not say otherwise.
+BUDGET = {"guidance_fraction": 0.2, "optim_steps": 10, "lr": [0.003, 0.002]}
 
 
 def peer_of(config: PeerConfig) -> Peer:
@@ -77,7 +78,7 @@ def preset_of(folder: Path | None, name: str, budget: str = "equal") -> tuple[Cl
     own = with_options(config, options, f"{folder}/motion.json: motion")
     if not motion:
         return clip, own
-    shared = {"optim_steps": 10, "lr_over": "updates"} | {key: motion[key] for key in BUDGET if key in motion}
+    shared = {"lr_over": "updates"} | {key: motion.get(key, default) for key, default in BUDGET.items()}
     equal = with_options(own, shared, f"{folder}/motion.json: motion")
     if budget == "equal":
         return clip, equal
