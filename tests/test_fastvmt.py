@@ -565,7 +565,7 @@ def test_a_folder_brings_its_own_options(folder, tmp_path, capsys):
     assert "of 7 steps" in (out := capsys.readouterr().out) and "17 frames of 96x64" in out
     (copy / "motion.json").unlink()
     assert main(["--model", str(copy), "--dry-run"]) == 0
-    assert "5 of 25 steps" in capsys.readouterr().out
+    assert "guidance     5 of 25 steps" in capsys.readouterr().out
     (copy / "motion.json").write_text(json.dumps({"motion": {"step": 7}}))
     assert main(["--model", str(copy), "--dry-run"]) == 2
     assert "motion.json: motion needs one of steps" in capsys.readouterr().err

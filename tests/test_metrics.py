@@ -169,17 +169,21 @@ def test_classifier_sees_what_is_wrong():
 
 @pytest.mark.parametrize("kind", ["single", "several", "articulated"])
 def test_tracker_finds_centers(kind):
-    """Within a pixel of the truth on average, and where objects hide each other not much more."""
-    errors = []
+    """Within half a pixel of the truth on average; where one object hides another, within a few."""
+    seen, hidden = [], []
     for seed in range(20):
         clip = make_clip(seed, kind, "held-out", range(0, FRAMES, 4))
         labels = label_pixels(clip.frames)
         predicted = predicted_tracks(clip.frames, labels, clip.objects, np.empty(0))
         for number, (shape, _) in enumerate(clip.objects):
             if shape in SHAPES:
-                errors.append(np.abs(predicted[number] - center_of(clip, number)).mean())
-    assert np.mean(errors) < 0.6
-    assert max(errors) < 5
+                errors = np.abs(predicted[number] - center_of(clip, number))  # (T,)
+                visible = clip.visible[clip.owners == number].all(0)  # (points,T) -> (T,)
+                seen += errors[visible].tolist()
+                hidden += errors[~visible].tolist()
+    assert np.mean(seen) < 0.4 and max(seen) < 5
+    assert kind != "several" or np.mean(hidden) < 4
+    assert kind == "several" or not hidden
 
 
 def test_tracker_follows_the_background():

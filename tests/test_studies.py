@@ -114,16 +114,17 @@ def test_a_study_with_a_model(study, folder, tmp_path, monkeypatch):
 
 
 def test_several_blocks_have_the_mean_of_their_losses(wan):
-    """Blocks 0 and 1 at equal latents and noise; the operations are those of both."""
-    reference, noise = torch.randn(2, 1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    """Blocks 0 and 1 at equal latents and noise, in two steps that see other frames; operations add up."""
+    reference, noise = torch.randn(2, 1, 16, 5, 8, 8, generator=torch.Generator().manual_seed(0))
     text = torch.randn(1, 3, wan.dit.config.text_dim)
-    common = {"steps": 2, "guidance_fraction": 0.5, "optim_steps": 1, "window": 3, "tile": (2, 2)}
+    common = {"steps": 2, "guidance_fraction": 1.0, "optim_steps": 1, "window": 3, "tile": (2, 2), "frames_every": 2}
     losses, operations = [], []
     both = BlocksConfig(**common, block=1, beside=(0,))
     for config in (BlocksConfig(**common, block=0), BlocksConfig(**common, block=1), both):
         guidance = SeveralBlocks(wan.dit, reference, noise, text, text, config)
-        guidance.before_step(0, noise, torch.tensor(0.9), torch.tensor(900.0))
-        losses.append(guidance.losses[0][0])
+        for step in range(2):
+            guidance.before_step(step, noise, torch.tensor(0.9), torch.tensor(900.0))
+        losses.append(np.array(guidance.losses)[:, 0])  # (steps,)
         operations.append(guidance.spent()["flops"]["guidance"])
-    assert losses[0] != losses[1] and losses[2] == pytest.approx((losses[0] + losses[1]) / 2)
+    assert (losses[0] != losses[1]).all() and losses[2] == pytest.approx((losses[0] + losses[1]) / 2)
     assert operations[2] == operations[0] + operations[1]

@@ -38,13 +38,19 @@ class SeveralBlocks(FastVMT):
 
     def prepare(self) -> None:
         """A FastVMT of each further block. They share the records, so that spent() counts all gradients."""
+        self.others: list[FastVMT] = []
         super().prepare()
-        self.others = []
         for block in self.options.beside:
             config = replace(self.options, block=block, beside=())
             other = FastVMT(self.dit, self.reference, self.noise, self.text, self.empty_text, config, self.recompute)
             other.losses, other.gradients = self.losses, self.gradients
             self.others.append(other)
+
+    def choose_tokens(self, phase: int) -> None:
+        """Let all blocks see the same tokens."""
+        super().choose_tokens(phase)
+        for other in self.others:
+            other.choose_tokens(phase)
 
     def target_at(self, sigma: Tensor, timestep: Tensor) -> Any:
         """A target of each block."""

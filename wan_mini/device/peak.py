@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.utils._python_dispatch import TorchDispatchMode  # torch has no public way to see every operation
 
 
@@ -23,7 +23,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) 
 @contextmanager
 def gpu_attention() -> Iterator[None]:
     """Inside it, attention on meta tensors takes the memory of a GPU's kernel, not that of its formula."""
-    kernels = torch.library.Library("aten", "IMPL")  # what it registers holds as long as it lives
+    kernels = library.Library("aten", "IMPL")  # what it registers holds as long as it lives
     kernels.impl("scaled_dot_product_attention", fused_attention, "AutogradMeta")
     try:
         yield
