@@ -33,11 +33,16 @@ TABLES = (
     "dit --size 1.3B",
     "vae --size 1.3B --repeats 1",
     "full_run --size 1.3B --compile",
+    "full_run --size 1.3B --compile regions",
+    "full_run --size 1.3B --tf32",
     "amf --size 1.3B --repeats 3 --frames 9 21 41 81 161 --limit 2",
     "scaling --size small",
     "startup --repeats 1",
 )
-REHEARSED_TABLES = ("full_run", "limits", "gradient", "dit", "vae", "full_run --compile", "amf --frames 3 5")
+REHEARSED_TABLES = (
+    *("full_run", "limits", "gradient", "dit", "vae"),
+    *("full_run --compile", "full_run --compile regions", "full_run --tf32", "amf --frames 3 5"),
+)
 DONE, FAILED, LEFT = 0, 1, 3
 PAUSED = "the same command goes on"  # what training prints when its minutes are over
 
@@ -71,6 +76,7 @@ def speed_steps(rehearse: bool, device: str) -> list[Step]:
     for table in tables:
         name, *flags = table.split()
         label = name + "-compiled" * ("--compile" in flags)
+        label += "-regions" * ("regions" in flags) + "-tf32" * ("--tf32" in flags)
         steps.append(Step(label, ["-m", f"benchmarks.speed.{name}", *flags, "--device", device]))
     return steps
 

@@ -69,7 +69,8 @@ def test_the_rehearsal(tmp_path, capsys):
     records = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*/*.json")}
     paused = records.pop("train")
     assert paused["outcome"] == "paused" and list((tmp_path / "train/work").glob("*.pt*"))
-    tables = {"full_run", "full_run-compiled", "limits", "gradient", "dit", "vae", "amf"}
+    tables = {"full_run", "full_run-compiled", "full_run-compiled-regions", "full_run-tf32"}
+    tables |= {"limits", "gradient", "dit", "vae", "amf"}
     assert records.keys() == tables | {"test_gpu"}
     assert {record["outcome"] for record in records.values()} == {"done"}
     table = json.loads((tmp_path / "speed/limits.log").read_text().splitlines()[-1])

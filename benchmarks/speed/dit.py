@@ -104,6 +104,21 @@ def time_kernels(bench: Bench, ours: WanDiT, x: Tensor, text: Tensor, operations
             bench.row(name, call, reference="ours", operations=operations)
         except RuntimeError as error:  # no such kernel on this device or in this dtype, or no compiler
             bench.skip(name, str(error))
+    bench.results["attention kernels, the fastest first"] = ", ".join(fastest_kernels(bench))
+
+
+def fastest_kernels(bench: Bench) -> list[str]:
+    """The kernels that ran, for select.MEASURED_ATTENTION, behind the compute capability of a GPU."""
+    seconds = {}
+    for kernel in ATTENTION_KERNELS:
+        row = bench.rows[f"ours, {kernel} attention"]
+        if row["seconds"] is not None:
+            seconds[kernel] = row["seconds"]
+    kernels = sorted(seconds, key=seconds.__getitem__)
+    backend = torch.get_device_module(bench.device)
+    if hasattr(backend, "get_device_capability"):
+        kernels.insert(0, str(backend.get_device_capability(bench.device)))
+    return kernels
 
 
 @torch.no_grad()

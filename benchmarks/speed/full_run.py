@@ -7,6 +7,7 @@ and labeled so. --released measures that run instead (on an H100, some two minut
 The DiT passes are the guide and denoise stages, their operations those of wan_mini/device/flops.py.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import ceil, prod
@@ -21,7 +22,13 @@ from benchmarks.speed.random_models import REHEARSAL, Size, random_wan
 from benchmarks.speed.release_schedule import ReleaseGuidance
 from fastvmt import FastVMT, transfer
 from wan_mini.device.flops import forward_flops, gradient_flops
-from wan_mini.device.select import attention_backend, compile_blocks, exact_float32
+from wan_mini.device.select import (
+    attention_backend,
+    compile_blocks,
+    compile_regions,
+    exact_float32,
+    float32_products,
+)
 from wan_mini.device.timing import StageTimer
 from wan_mini.load import Wan
 from wan_mini.pipeline import decode, denoise
@@ -142,14 +149,18 @@ def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     parser = build_parser(__doc__, repeats=1)
     parser.add_argument("--released", action="store_true", help="run the released schedule as a whole too")
-    parser.add_argument("--compile", action="store_true", help="compile the transformer's blocks, which are warm then")
+    text = "compile the transformer's blocks, or all regions; they are warm then (without a value: blocks)"
+    parser.add_argument("--compile", nargs="?", const="blocks", choices=("blocks", "regions"), help=text)
+    parser.add_argument("--tf32", action="store_true", help="products of what stays float32 in TF32, but for the VAE's")
     bench = Bench("full_run", parser.parse_args(argv))
     wan = random_wan(bench.size, bench.args.size, bench.device, bench.dtype)
-    if bench.args.compile and bench.args.size == REHEARSAL:
-        compile_blocks(wan.dit, backend="aot_eager")  # inductor takes a minute
-    elif bench.args.compile:
-        compile_blocks(wan.dit)
-    with attention_backend(bench.attention):
+    options = {"backend": "aot_eager"} if bench.args.size == REHEARSAL else {}  # inductor takes a minute
+    if bench.args.compile == "blocks":
+        compile_blocks(wan.dit, **options)
+    elif bench.args.compile == "regions":
+        compile_regions(wan.dit, wan.text_encoder, **options)
+    precision = float32_products(bench.device, "tf32") if bench.args.tf32 else nullcontext()
+    with attention_backend(bench.attention), precision:
         time_guided_steps(bench, wan)
         time_runs(bench, wan)
     bench.finish()

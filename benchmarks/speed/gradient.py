@@ -25,7 +25,7 @@ from fastvmt import FastVMT
 from skip_optim import optimize
 from wan_mini.attention import apply_rope, rope_table
 from wan_mini.device.flops import gradient_flops
-from wan_mini.device.select import attention_backend
+from wan_mini.device.select import attention_backend, float32_products
 from wan_mini.dit import Block
 from wan_mini.runs.cli import run
 
@@ -33,6 +33,7 @@ from wan_mini.runs.cli import run
 # order), and where rounding differs (complex RoPE; the tiny model's bfloat16 gradient is 0.2 off its float32 one).
 SAME_ARITHMETIC = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 OTHER_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+TF32 = "ours, TF32"  # on a CPU the same as ours
 REUSED = 20  # updates in a row; the first has a gradient, of next to nothing
 
 
@@ -109,6 +110,9 @@ def time_gradients(bench: Bench, step: GuidedStep) -> dict[str, Tensor]:
         bench.row(name, call, reference="released schedule", operations=operations)
     first = partial(call, norms=norms)  # of the last schedule, ours
     bench.row("ours, first of a guided step", first, reference="ours", operations=operations)
+    with float32_products(bench.device, "tf32"):  # of losses, head and time MLP
+        call = partial(compute_gradient, step.latents, loss, False, gradients, TF32)
+        bench.row(TF32, call, reference="ours", operations=operations)
     return gradients
 
 
@@ -131,8 +135,8 @@ def main(argv: list[str] | None = None) -> None:
     for name, gradient in gradients.items():
         error = difference(gradient, gradients["ours, blocks recomputed"])
         bench.results[f"gradient, {name}: difference"] = error
-        released = SCHEDULES[name].guidance is ReleaseGuidance
-        limits = OTHER_ROUNDING if released else SAME_ARITHMETIC
+        released = name != TF32 and SCHEDULES[name].guidance is ReleaseGuidance
+        limits = OTHER_ROUNDING if released or name == TF32 else SAME_ARITHMETIC
         assert error <= limits[bench.dtype], f"{name} computes another gradient: {error}"
     bench.finish()
 

@@ -4,6 +4,7 @@ Both are exact and process a clip in the same chunks, so only how each convoluti
 to chunk, can differ. Operations are those of 3D convolutions, counted by torch; on a CPU ours does others.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -63,6 +64,25 @@ def compare(bench: Bench, ours: WanVAE, theirs: Any, clip: Tensor, latents: Tens
         assert error <= TOLERANCE[bench.dtype], f"the two {name} differently: {error}"
 
 
+def time_decoding(bench: Bench, ours: WanVAE, latents: Tensor) -> None:
+    """Rows of decoding as a bfloat16 run does it, and the same with the channels of a position side by side."""
+    exact = ours.decode(latents)
+    channels_last = deepcopy(ours)
+    for parameter in channels_last.parameters():
+        if parameter.ndim == 5:  # a 3D convolution's: its output is laid out like its weight
+            parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+    for name, vae in (("bfloat16", ours), ("bfloat16, channels last", channels_last)):
+
+        def call(vae: WanVAE = vae) -> Tensor:
+            with torch.autocast(bench.device.type, torch.bfloat16):
+                return vae.decode(latents)
+
+        bench.row(f"decode, {name}", call, reference="decode, ours")
+        error = difference(call(), exact)
+        bench.results[f"decode, {name}: difference"] = error
+        assert error <= TOLERANCE[torch.bfloat16], f"{name} decodes to another video: {error}"
+
+
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
     """Measure both, compare, print."""
@@ -76,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     clip = torch.rand(1, 3, size.clip.frames, size.clip.height, size.clip.width).to(bench.device) * 2 - 1
     with exact_float32(bench.device):
         compare(bench, ours, theirs, clip, latents)
+        time_decoding(bench, ours, latents)
     bench.finish()
 
 
