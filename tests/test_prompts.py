@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from wan_mini import prompts
+from wan_mini.load import load_tokenizer
 from wan_mini.prompts import clean_prompt, encode_prompts
+from wan_mini.tiny.demo import CHECKPOINT
 
 CPU = torch.device("cpu")
 NEGATIVE = (  # the default negative prompt of Wan 2.1, wan/configs/shared_config.py
@@ -60,8 +62,32 @@ def test_a_prompt_that_is_too_long_loses_its_end_but_not_its_end_of_text(wan, ca
     (long,) = encode_prompts(wan, ["x" * 100], CPU)
     assert "note: the prompt has 102 tokens, the model reads 64: its end is cut off" in capsys.readouterr().out
     (fits,) = encode_prompts(wan, ["x" * 62], CPU)  # 64 tokens with the mark in front and </s>
-    assert capsys.readouterr().out == ""
+    assert "cut off" not in capsys.readouterr().out
     assert long.shape[1] == wan.dit.config.text_len == 64 and long.equal(fits)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "named"),
+    [
+        ("A picture of a red ring on grass.", None),
+        ("a corgi surfing at sunset", "corgi, surfing, sunset"),
+        ("一只狗 on grass", "一只狗"),
+        ("three " * 7 + "x" * 30, "three, three, three, three, three and 3 more"),
+        ("x" * 30, "x" * 20),
+    ],
+)
+def test_words_that_the_model_cannot_read_are_named(prompt, named, capsys):
+    tokenizer = load_tokenizer(CHECKPOINT)
+    prompts._note_unknown_words(tokenizer.words_without_piece(prompt))
+    printed = capsys.readouterr().out
+    assert printed == (
+        "" if named is None else f"note: the model has no token for {named}: it may not know what is meant\n"
+    )
+
+
+def test_each_prompt_is_searched_for_words_that_the_model_cannot_read(wan, capsys):
+    encode_prompts(wan, ["a", "corgi", ""], CPU)  # this model has letters only
+    assert capsys.readouterr().out.count("note: the model has no token for corgi:") == 1
 
 
 def test_offloaded_blocks_give_the_same_vectors(wan):
