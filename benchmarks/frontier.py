@@ -50,6 +50,7 @@ POINTS: dict[str, dict[str, Any]] = {
     "guide every 2nd": {"guide_every": 2},
     "guide every 3rd": {"guide_every": 3},
     "half the share, as far": {"guidance_fraction": 0.5, "lr": 2.0},  # both are factors of the default's
+    "twice the share": {"guidance_fraction": 2.0, "lr": 1.0},
     "gradient every 2nd": {"gradient_every": 2},
     "gradient every 3rd": {"gradient_every": 3},
     "interval 5": {"interval": 5},
