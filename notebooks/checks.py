@@ -41,7 +41,8 @@ class Check:
         for case, result in zip(self.cases, results):
             target = called(self.answer, case)
             if not equal(result, target):
-                raise WrongAnswer(f"not yet: for {case} the result is {result}, it should be {target}")
+                inputs = ", ".join(described(value) for value in case)
+                raise WrongAnswer(f"not yet: for {inputs}, {difference(result, target)}")
         raise WrongAnswer("not yet: the result is another one each time")
 
     def same(self, results: Sequence[Any], function: Callable) -> bool:
@@ -63,6 +64,29 @@ def equal(result: Any, target: Any) -> bool:
     first = numbers(result)
     second = numbers(target)
     return first.shape == second.shape and torch.allclose(first, second, atol=1e-5)
+
+
+def difference(result: Any, target: Any) -> str:
+    """How a result differs from what it should be: in kind, in shape, or at its first wrong entry."""
+    if result is None:
+        return "the result is None: return what was computed"
+    first = numbers(result)
+    second = numbers(target)
+    if first.shape != second.shape:
+        return f"the result has the shape {tuple(first.shape)}, it should be {tuple(second.shape)}"
+    wrong = ~torch.isclose(first, second, atol=1e-5)
+    index = tuple(wrong.nonzero()[0].tolist())  # of a scalar: ()
+    place = f"entry {list(index)} of the result" if index else "the result"
+    return f"{place} is {first[index]:.4g}, it should be {second[index]:.4g}"
+
+
+def described(value: Any) -> str:
+    """An input of a function in few words."""
+    if isinstance(value, torch.nn.Linear):
+        return f"a layer from {value.in_features} to {value.out_features}"
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return "a function" if callable(value) else str(value)
 
 
 def numbers(result: Any) -> torch.Tensor:
@@ -117,6 +141,12 @@ def rotate(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     return torch.stack(turned, dim=-1).flatten(-2)  # (..., D/2, 2) -> (..., D)
 
 
+def rotate_apart(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    """Neighbors turned, and then all first channels before all second ones."""
+    turned = rotate(x, angle)
+    return torch.cat([turned[..., 0::2], turned[..., 1::2]], dim=-1)
+
+
 def rotate_halves(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
     """Llama's convention: channel i with channel i + D/2."""
     first, second = x.chunk(2, dim=-1)
@@ -129,6 +159,7 @@ check_02 = Check(
     [(normal(5, 8), normal(5, 4)), (normal(2), normal(1))],
     {
         "the pairs. Wan turns neighbors (0 and 1, 2 and 3, ...), not the two halves of the vector": rotate_halves,
+        "the turned channels must go back to their places, even and odd. Here all even ones come first": rotate_apart,
         "the direction. A positive angle turns the first channel towards the second": (
             lambda x, angle: rotate(x, -angle)
         ),
@@ -203,6 +234,9 @@ check_06 = Check(
         "the sign. The displacement leads from the token's own position to the matched one": (
             lambda weights, positions: positions - weights @ positions
         ),
+        "this uses the columns of the weights. A token's own weights are its row": (
+            lambda weights, positions: weights.T @ positions - positions
+        ),
         "this is the best match, which has no gradient. Take the mean position, weighted by attention": (
             lambda weights, positions: positions[weights.argmax(-1)] - positions
         ),
@@ -244,6 +278,14 @@ check_08 = Check(
     {
         "Eq. 5 adds up over tokens and coordinates. The mean is over pairs only": (
             lambda reference, generated, weight: (weight * (reference - generated).square().mean((1, 2))).mean()
+        ),
+        "Eq. 5 is a mean over pairs, not a sum": (
+            lambda reference, generated, weight: (weight * (reference - generated).square().sum((1, 2))).sum()
+        ),
+        "Eq. 5 divides by the number of pairs, not by the sum of their weights": (
+            lambda reference, generated, weight: (
+                (weight * (reference - generated).square().sum((1, 2))).sum() / weight.sum()
+            )
         ),
         "the norm in Eq. 5 is squared": (
             lambda reference, generated, weight: (weight * (reference - generated).flatten(1).norm(dim=1)).mean()
@@ -312,11 +354,22 @@ def guided_late(x: torch.Tensor, sigmas: Sequence[float], guided: int, guide: Ca
     return x
 
 
+def stale(x: torch.Tensor, sigmas: Sequence[float], guided: int, guide: Callable, velocity: Callable) -> torch.Tensor:
+    """The velocity of the latents as they were before the guidance."""
+    for n, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:])):
+        direction = velocity(x, sigma)
+        if n < guided:
+            x = guide(x, sigma)
+        x = x + (next_sigma - sigma) * direction
+    return x
+
+
 check_10 = Check(
     denoise,
     [(normal(4), [1.0, 0.7, 0.4, 0.0], 2, lambda x, sigma: x - 0.3 * sigma * x**2, lambda x, sigma: torch.sin(3 * x))],
     {
         "the guidance comes before the model's step, so that the model answers it": guided_late,
+        "the model must look at the optimized latents. This velocity is that of the latents before": stale,
         "only the first steps are guided": (
             lambda x, sigmas, guided, guide, velocity: denoise(x, sigmas, len(sigmas), guide, velocity)
         ),
@@ -348,6 +401,7 @@ check_12 = Check(
         "this is how far one clip lies from the mean. The mean itself is surer by the root of n": (
             lambda one, two: (one - two).std()
         ),
+        "divide by the root of n, not by n": lambda one, two: (one - two).std() / len(one),
         "this is the variance of the mean. The standard error is its root": (
             lambda one, two: (one - two).var() / len(one)
         ),
@@ -363,6 +417,9 @@ check_13 = Check(
         ),
         "a row holds head after head, so it splits into (heads, width), not (width, heads)": (
             lambda x, heads: x.unflatten(2, (-1, heads)).mean(3)
+        ),
+        "this is the mean within each head. Average over the heads": lambda x, heads: x.unflatten(2, (heads, -1)).mean(
+            3
         ),
         "this is the sum of the heads, not their mean": lambda x, heads: x.unflatten(2, (heads, -1)).sum(2),
     },

@@ -139,6 +139,16 @@ def test_each_has_its_solutions():
         assert "assert" in text(path, "code")
 
 
+@pytest.mark.parametrize("path", TAUGHT, ids=lambda path: path.stem[:2])
+def test_solutions_quote_the_exercises(path):
+    """Each section of a solution begins with the exercise as it stands in the notebook, but for the links' folder."""
+    asked = re.findall(r"^(\d)\. \*\(.*?\)\* (.*)$", text(path, "markdown"), re.M)
+    worked = text(FOLDER / "solutions" / path.name, "markdown").replace("](../", "](")
+    quoted = re.findall(r"^## (?:Exercise )?(\d)\b.*\n\n> (.*)$", worked, re.M)
+    assert [number for number, _ in asked] == ["1", "2", "3"]
+    assert asked == quoted
+
+
 def test_each_has_its_exercise():
     assert {path.stem[:2] for path in TAUGHT} == {path.stem[:2] for path, _ in EXERCISES}
     assert all(name[6:8] == path.stem[:2].lower() for path, name in EXERCISES)
@@ -175,8 +185,26 @@ def test_wrong_answers_fail_by_name(path, name, mistake):
     assert str(error.value) == f"not yet: {mistake}"
 
 
-def test_other_wrong_answers_fail_with_an_example():
-    with pytest.raises(checks.WrongAnswer, match="should be"):
-        checks.check_11(lambda share, factor: 7.0)
-    with pytest.raises(checks.WrongAnswer, match="result is None"):
-        checks.check_06(lambda weights, positions: None)
+@pytest.mark.parametrize(
+    ("check", "answer", "example"),
+    [
+        ("check_11", lambda share, factor: 7.0, "for 0.5, 2.0, the result is 7, it should be 1.333"),
+        (
+            "check_06",
+            lambda weights, positions: None,
+            "for a tensor of shape (12, 12), a tensor of shape (12, 2), the result",
+        ),
+        ("check_06", lambda weights, positions: None, "the result is None: return what was computed"),
+        ("check_02", lambda x, angle: x[0], "the result has the shape (8,), it should be (5, 8)"),
+        ("check_03", lambda x, kernel: 0 * x + 1, "entry [0] of the result is 1, it should be"),
+        (
+            "check_10",
+            lambda x, *others: 0 * x,
+            "for a tensor of shape (4,), [1.0, 0.7, 0.4, 0.0], 2, a function, a function,",
+        ),
+    ],
+)
+def test_other_wrong_answers_fail_with_an_example(check, answer, example):
+    with pytest.raises(checks.WrongAnswer) as error:
+        getattr(checks, check)(answer)
+    assert example in str(error.value)

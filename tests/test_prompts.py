@@ -7,6 +7,7 @@ from wan_mini import prompts
 from wan_mini.load import load_tokenizer
 from wan_mini.prompts import clean_prompt, encode_prompts
 from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.unknown_words import note_unknown_words
 
 CPU = torch.device("cpu")
 NEGATIVE = (  # the default negative prompt of Wan 2.1, wan/configs/shared_config.py
@@ -78,7 +79,7 @@ def test_a_prompt_that_is_too_long_loses_its_end_but_not_its_end_of_text(wan, ca
 )
 def test_words_that_the_model_cannot_read_are_named(prompt, named, capsys):
     tokenizer = load_tokenizer(CHECKPOINT)
-    prompts._note_unknown_words(tokenizer.words_without_piece(prompt))
+    note_unknown_words(tokenizer, prompt)
     printed = capsys.readouterr().out
     assert printed == (
         "" if named is None else f"note: the model has no token for {named}: it may not know what is meant\n"

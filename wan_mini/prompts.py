@@ -11,6 +11,7 @@ from wan_mini.device.offload import on_device
 from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.tokenizer import SPACES
+from wan_mini.unknown_words import note_unknown_words
 
 # The original's default (wan/configs/shared_config.py), what a video should not look like: garish colors, static,
 # overexposed, blurred, subtitles, painting, grayish, worst quality, ugly, extra fingers, badly drawn hands and faces,
@@ -21,7 +22,6 @@ NEGATIVE = (
     "杂乱的背景，三条腿，背景人很多，倒着走"
 )
 MAX_CHARACTERS = 100_000
-NAMED_WORDS = 5  # in a note, of those that the model has no token for
 # Widths and ligatures: on other characters NFKC would change the meaning ("10²" is not "102").
 FOLDED = "[\u3000\uff01-\uffef\u0132\u0133\u0149\u01c4-\u01cc\u01f1-\u01f3\ufb00-\ufb04\ufb06]"
 
@@ -82,7 +82,7 @@ def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offloa
     tokens = []
     for prompt in prompts:
         cleaned = clean_prompt(prompt)
-        _note_unknown_words(wan.tokenizer.words_without_piece(cleaned))
+        note_unknown_words(wan.tokenizer, cleaned)
         tokens.append(_truncate(wan.tokenizer.encode(cleaned), limit))
     vectors = []
     with on_device(wan.text_encoder, device, offload_blocks=offload_blocks):
@@ -91,15 +91,6 @@ def encode_prompts(wan: Wan, prompts: list[str], device: torch.device, *, offloa
             mask = torch.ones_like(batch)
             vectors.append(wan.text_encoder(batch, mask))  # (1, L) -> (1, L, text_dim)
     return vectors
-
-
-def _note_unknown_words(words: list[str]) -> None:
-    """Print a note that names the first of these words, if there are any."""
-    if not words:
-        return
-    named = ", ".join(word[:20] for word in words[:NAMED_WORDS])
-    more = f" and {len(words) - NAMED_WORDS} more" if len(words) > NAMED_WORDS else ""
-    print(f"note: the model has no token for {named}{more}: it may not know what is meant")
 
 
 def _truncate(ids: list[int], limit: int) -> list[int]:

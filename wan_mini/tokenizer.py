@@ -107,17 +107,6 @@ class Tokenizer:
             pieces[0] = pieces[0].replace(MARK, "")
         return "".join(pieces).replace(MARK, " ")
 
-    def words_without_piece(self, text: str) -> list[str]:
-        """Words of `text` that say little to the model: with unknown characters, or spelled out letter by letter."""
-        words = []
-        for word in self.split_words(self.normalize(text)):
-            longest = max(len(piece.strip(MARK)) for piece in self._best_cut(word))
-            letters = re.findall("[A-Za-z]", word)
-            spelled = longest == 1 and len(letters) > 2
-            if spelled or self.unk_id in self._encode_plain(word):
-                words.append(word.strip(MARK))
-        return words
-
     def _encode_plain(self, text: str) -> Iterator[int]:
         """Yield the ids of a text that holds no added token; unknown neighbors are encoded together."""
         for word in self.split_words(self.normalize(text)):
