@@ -35,6 +35,7 @@ PLAIN = "plain sampling"
 RELEASE = "release's schedule"
 MARKED = {BASE: "#d55e00", RELEASE: "#cc79a7", "dense": "#0072b2", PLAIN: "#009e73", "fast": "#e69f00"}
 RELEASED = {"window_anchor": "self", "centroid": "soft", "reference": "noised"}
+FOUR = {"cfg_interval": (0.9, 1.0), "guide_every": 2, "frames_every": 2, "interval": 5}
 # What each point changes in a checkpoint's options; blocks are of six, and scaled to a deeper model.
 POINTS: dict[str, dict[str, Any]] = {
     PLAIN: {"amf": "none"},
@@ -63,8 +64,10 @@ POINTS: dict[str, dict[str, Any]] = {
     "tokens every 2nd": {"tokens_every": 2},
     "stop at 0.7": {"stop_loss": 0.7},
     "stop at 0.4": {"stop_loss": 0.4},
+    "four at once": FOUR,
+    "four at once, cache 0.1": {**FOUR, "cache": 0.1},
     "fast": dict(fastvmt.PRESETS["fast"]),
-    "fast, cache 0.1": {**fastvmt.PRESETS["fast"], "cache": 0.1},
+    "fast, interval 5": {**fastvmt.PRESETS["fast"], "interval": 5},
 }
 SIZES = {"1.3B": T2V_1_3B, "14B": T2V_14B}
 GRID = token_grid(81, 480, 832)

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvmt
-from fastvmt import PRESETS, FastVMT, MotionConfig, transfer
+from fastvmt import FastVMT, MotionConfig, transfer
 from losses import window_loss
 from skip_optim import optimize
 from wan_mini.attention import OneProcess
@@ -361,19 +361,13 @@ def test_each_saving_lowers_the_count():
         assert total(replace(MotionConfig(), **{name: value}), T2V_1_3B, GRID) < default, name
 
 
-def test_the_fast_preset_is_fast_by_count():
-    """At most 23 PFLOP at 1.3B, 81 frames of 480x832, where plain sampling takes 28.3; half of the default on tiny."""
-    fast = replace(MotionConfig(), **PRESETS["fast"])
-    assert total(replace(fast, amf="none", cfg_interval=(0, 1)), T2V_1_3B, GRID) / 1e15 == pytest.approx(28.3, abs=0.01)
-    assert total(fast, T2V_1_3B, GRID) <= 23e15
-    _, preset = load_preset(CHECKPOINT, MotionConfig())
-    assert total(replace(preset, **PRESETS["fast"]), TINY, (9, 8, 12)) <= 0.5 * total(preset, TINY, (9, 8, 12))
+FEWER = {"cfg_interval": (0.9, 1.0), "guide_every": 2, "frames_every": 2, "interval": 5}
 
 
 def test_dry_run_lines():
     with torch.device("meta"):
         dit = WanDiT(T2V_1_3B)
-    plain, saved = (fastvmt.costs(replace(MotionConfig(), **o), dit, GRID) for o in ({}, PRESETS["fast"]))
+    plain, saved = (fastvmt.costs(replace(MotionConfig(), **o), dit, GRID) for o in ({}, FEWER))
     assert plain[1:] == [
         "             40 gradients for 100 latent updates, 17,536.7 TFLOP",
         "             71.9 TFLOP for their motion flow",
