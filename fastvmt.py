@@ -96,7 +96,7 @@ class MotionConfig(SavingsConfig):
         return block
 
 
-# By their name for --preset. "fast" was chosen on training clips of the tiny model, where it takes half of the operations.
+# By their name for --preset. "fast", chosen on training clips of the tiny model, takes half of its operations there.
 PRESETS = {"fast": {"cfg_interval": (0.6, 1.0), "cache": 0.3}}
 
 

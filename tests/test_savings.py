@@ -14,13 +14,12 @@ from fastvmt import FastVMT, MotionConfig, transfer
 from losses import window_loss
 from skip_optim import optimize
 from wan_mini.attention import OneProcess
-from wan_mini.config import T2V_1_3B, TINY, DiTConfig
+from wan_mini.config import T2V_1_3B, DiTConfig
 from wan_mini.device.flops import forward_flops
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.pipeline import denoise
 from wan_mini.runs.journal import Journal
-from wan_mini.runs.request import load_preset
 from wan_mini.savings import (
     SavedVelocity,
     SavingsConfig,
@@ -34,7 +33,6 @@ from wan_mini.savings import (
     token_subset,
 )
 from wan_mini.scheduler import FlowEuler
-from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import make_clip
 from window import frame_pairs
 

@@ -372,11 +372,11 @@ def demo_motion() -> dict[str, Any]:
 @flag("--preset")
 def _(program, base, monkeypatch, capsys):
     """As its options by --set, which come behind it."""
-    own = fastvmt.PRESETS["fast"] | {"cache": 0.05}
-    got, by_set = program.run("--preset", "fast", cache=0.05), program.run(**own)
+    own = fastvmt.PRESETS["fast"] | {"cache": 2.0}  # which reuses a velocity in a run of two steps
+    got, by_set = program.run("--preset", "fast", cache=2.0), program.run(**own)
     assert got.record["config"] == by_set.record["config"] and torch.equal(got.latents, by_set.latents)
     assert got.record["config"]["cfg_interval"] == [0.6, 1.0] and base.record["config"]["cfg_interval"] != [0.6, 1.0]
-    assert fastvmt.PRESETS["fast"]["cache"] != 0.05
+    assert fastvmt.PRESETS["fast"]["cache"] != 2.0
     differs(got, base)
     steps = demo_motion()["steps"]  # a model's own options stay
     assert main(["--dry-run", "--preset", "fast", "--frames", "9", "--height", "64", "--width", "96"]) == 0
