@@ -401,6 +401,9 @@ check_12 = Check(
         "this is how far one clip lies from the mean. The mean itself is surer by the root of n": (
             lambda one, two: (one - two).std()
         ),
+        "this spread divides by n. Of a sample it divides by n - 1": (
+            lambda one, two: (one - two).std(correction=0) / len(one) ** 0.5
+        ),
         "divide by the root of n, not by n": lambda one, two: (one - two).std() / len(one),
         "this is the variance of the mean. The standard error is its root": (
             lambda one, two: (one - two).var() / len(one)
