@@ -12,7 +12,7 @@ from benchmarks.evaluate import clip_seeds
 from benchmarks.frontier import GRID, POINTS, RELEASE, Operations, config_of, operations, predicted, released_gradient
 from benchmarks.metrics.points import MEASURES, difference_text, paired, study_table
 from benchmarks.metrics.rows import append_rows, read_rows
-from benchmarks.metrics.scatter import Mark, ticks
+from benchmarks.metrics.scatter import Mark, label_positions, ticks
 from benchmarks.metrics.scatter import frontier as undominated
 from fastvmt import MotionConfig
 from wan_mini.config import T2V_1_3B, T2V_14B
@@ -91,6 +91,15 @@ def copies(calls):
         return fastvmt.Transfer(latents=None, flows=(None, None), report=report, frames=clip)
 
     return transfer
+
+
+def test_numbers_of_neighbors_do_not_cover_one_another():
+    points = [(100.0, 100.0), (104.0, 103.0), (98.0, 110.0), (300.0, 100.0)]
+    labels = label_positions(points)
+    assert labels[0] == (109, 93) and labels[3] == (309, 93)
+    for number, (x, y) in enumerate(labels):
+        for other_x, other_y in labels[:number]:
+            assert abs(x - other_x) >= 18 or abs(y - other_y) >= 12
 
 
 def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):

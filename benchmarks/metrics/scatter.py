@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 1120, 640
 LEFT, RIGHT, TOP, BOTTOM = 80, 760, 60, 560  # of the plot itself; the names are right of it
+SIDES = [(9, -7), (9, 15), (-25, -7), (-25, 15), (14, 4), (-30, 4), (14, -22), (14, 28), (-30, -22), (-30, 28)]
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
@@ -101,8 +102,9 @@ def scatter(
     for mark in frontier(marks):
         corners.append("{:.1f},{:.1f}".format(*axes.at(mark.x, mark.y)))
     parts.append(f'<polyline points="{" ".join(corners)}" fill="none" stroke="#bbbbbb" stroke-width="3"/>')
-    for number, mark in enumerate(marks, start=1):
-        parts += drawn(axes, number, mark)
+    labels = label_positions([axes.at(mark.x, mark.y) for mark in marks])
+    for number, (mark, label) in enumerate(zip(marks, labels, strict=True), start=1):
+        parts += drawn(axes, number, mark, label)
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
@@ -113,7 +115,23 @@ def scatter(
     return "\n".join([*head, *parts, "</svg>"]) + "\n"
 
 
-def drawn(axes: Axes, number: int, mark: Mark) -> list[str]:
+def label_positions(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where the number of each point begins: at the first of SIDES where it covers no point and no other number."""
+    labels: list[tuple[float, float]] = []
+    for x, y in points:
+        free = []
+        for across, down in SIDES:
+            label = (x + across, y + down)
+            middle = (label[0] + 8, label[1] - 4)  # of two digits
+            near_label = any(abs(label[0] - other[0]) < 18 and abs(label[1] - other[1]) < 12 for other in labels)
+            near_point = any(abs(middle[0] - other[0]) < 14 and abs(middle[1] - other[1]) < 10 for other in points)
+            if not near_label and not near_point:
+                free.append(label)
+        labels.append(free[0] if free else (x + SIDES[0][0], y + SIDES[0][1]))
+    return labels
+
+
+def drawn(axes: Axes, number: int, mark: Mark, label: tuple[float, float]) -> list[str]:
     """A point with its interval and number, and its line in the list of names."""
     x, y = axes.at(mark.x, mark.y)
     _, low = axes.at(mark.x, mark.y - mark.half)
@@ -125,7 +143,7 @@ def drawn(axes: Axes, number: int, mark: Mark) -> list[str]:
     return [
         line((x, low), (x, high), mark.color, 'opacity="0.5"'),
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{mark.color}"/>',
-        text(x + 9, y - 7, str(number), "start", 12, weight),
+        text(*label, str(number), "start", 12, weight),
         f'<circle cx="{RIGHT + 40}" cy="{row - 4}" r="{radius}" fill="{mark.color}"/>',
         text(RIGHT + 54, row, f"{number}  {mark.name}", "start", 14, weight),
     ]
