@@ -97,7 +97,7 @@ class MotionConfig(SavingsConfig):
 
 
 # By their name for --preset. "fast", chosen on training clips of the tiny model, takes half of its operations there.
-PRESETS = {"fast": {"cfg_interval": (0.6, 1.0), "cache": 0.3}}
+PRESETS = {"fast": {"cfg_interval": (0.6, 1.0), "cache": 0.2, "interval": 4}}
 
 
 class Target(NamedTuple):

@@ -64,10 +64,11 @@ POINTS: dict[str, dict[str, Any]] = {
     "tokens every 2nd": {"tokens_every": 2},
     "stop at 0.7": {"stop_loss": 0.7},
     "stop at 0.4": {"stop_loss": 0.4},
+    "cfg from 0.6, cache 0.3": {"cfg_interval": (0.6, 1.0), "cache": 0.3},
+    "cfg from 0.6, cache 0.3, interval 5": {"cfg_interval": (0.6, 1.0), "cache": 0.3, "interval": 5},
     "four at once": FOUR,
     "four at once, cache 0.1": {**FOUR, "cache": 0.1},
     "fast": dict(fastvmt.PRESETS["fast"]),
-    "fast, interval 5": {**fastvmt.PRESETS["fast"], "interval": 5},
 }
 SIZES = {"1.3B": T2V_1_3B, "14B": T2V_14B}
 GRID = token_grid(81, 480, 832)

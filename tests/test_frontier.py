@@ -111,7 +111,7 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     frontier.program([*flags, "--points", "default", "plain sampling"])
     frontier.program([*flags, "--points", "default", "plain sampling", "fast"])
     seed, _ = clip_seeds(0, 1)[0]
-    assert [(number, config.cache) for number, config in calls] == [(seed, 0), (seed, 0), (seed, 0.3)]
+    assert [(number, config.cache) for number, config in calls] == [(seed, 0), (seed, 0), (seed, 0.2)]
     rows = read_rows(file, MEASURES)
     assert [r["method"] for r in rows] == ["default", "plain sampling", "fast"]
     assert (rows[0]["guidance_gflop"], rows[0]["denoising_gflop"], rows[0]["passes"]) == (7, 3, 3)
