@@ -146,7 +146,7 @@ def test_solutions_quote_the_exercises(path):
     worked = text(FOLDER / "solutions" / path.name, "markdown").replace("](../", "](")
     quoted = re.findall(r"^## (?:Exercise )?(\d)\b.*\n\n> (.*)$", worked, re.M)
     assert [number for number, _ in asked] == ["1", "2", "3"]
-    assert asked == quoted
+    assert asked == quoted and len(re.findall(r"^> ", worked, re.M)) == 3
 
 
 def test_each_has_its_exercise():
