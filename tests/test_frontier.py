@@ -5,18 +5,38 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import fastvmt
 from benchmarks import frontier
 from benchmarks.evaluate import clip_seeds
-from benchmarks.frontier import GRID, POINTS, RELEASE, Operations, config_of, operations, predicted, released_gradient
-from benchmarks.metrics.points import MEASURES, difference_text, paired, study_table
+from benchmarks.frontier import (
+    GRID,
+    POINTS,
+    RELEASE,
+    Operations,
+    config_of,
+    operations,
+    predicted,
+    released_gradient,
+    tiny_operations,
+)
+from benchmarks.metrics.points import (
+    MEASURES,
+    Point,
+    difference_text,
+    paired,
+    settings_of_point,
+    study_table,
+    values_of,
+)
 from benchmarks.metrics.rows import append_rows, read_rows
 from benchmarks.metrics.scatter import Mark, label_positions, ticks
 from benchmarks.metrics.scatter import frontier as undominated
 from fastvmt import MotionConfig
 from wan_mini.config import T2V_1_3B, T2V_14B
 from wan_mini.errors import UserError
+from wan_mini.load import load_wan
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
 
@@ -126,6 +146,24 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     append_rows(iter([row("1", "dense")]), file, MEASURES)
     with pytest.raises(UserError, match="rows of dense with other settings"):
         frontier.program(flags)
+
+
+def test_the_results_that_ship():
+    """At least 20 points of 50 clips, by today's options and weights; the fast preset is cheap and good."""
+    rows = read_rows(frontier.RESULTS, MEASURES)
+    _, preset = load_preset(CHECKPOINT, MotionConfig())
+    hashes = load_wan(CHECKPOINT, device="cpu", dtype=torch.float32).hashes
+    settings = {}
+    for name, changes in POINTS.items():
+        settings[name] = settings_of_point(Point(config_of(preset, changes, 6)), hashes)
+    assert all(row["settings"] == settings[row["method"]] for row in rows)
+    assert sum(len(values_of(rows, name, "seconds")) == 50 for name in POINTS) >= 20
+    planned, spent = tiny_operations("fast", rows, preset)
+    default, _ = tiny_operations("default", rows, preset)
+    assert spent is not None and spent.total <= 0.5 * default.total
+    assert predicted("fast", T2V_1_3B, planned, spent, POINTS) <= 23e15
+    difference = paired(rows, "fast", "default", "correlation")
+    assert difference is not None and difference[1] >= -0.05
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ def drawn(axes: Axes, number: int, mark: Mark, label: tuple[float, float]) -> li
     x, y = axes.at(mark.x, mark.y)
     _, low = axes.at(mark.x, mark.y - mark.half)
     _, high = axes.at(mark.x, mark.y + mark.half)
-    row = TOP + 19 * (number - 1)
+    row = TOP + 18 * (number - 1)
     named = mark.color != "#555555"
     weight = 'font-weight="bold"' if named else ""
     radius = 8 if named else 5

@@ -118,7 +118,7 @@ def build_parser(method: Method) -> Parser:
         options.add_argument("--amf", help=f"motion flow: windowed, dense or none ({config.amf})")
         options.add_argument("--interval", type=int, help=f"latent updates per gradient ({config.interval})")
     if method.presets:
-        text = "options by name, before those of --set: fast costs less than half, at a quality not yet measured"
+        text = "options by name, before those of --set: fast takes less than half of the operations"
         options.add_argument("--preset", choices=list(method.presets), help=text)
     options.add_argument("--steps", type=int, help=f"denoising steps ({config.steps}; tiny 25)")
     names = ", ".join([*field_names(clip), *field_names(config)])
