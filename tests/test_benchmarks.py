@@ -29,13 +29,13 @@ def result(capsys) -> dict:
 
 def test_gradient(capsys):
     """It stops by itself if the schedules give different gradients."""
-    gradient.main(["--size", "tiny", "--repeats", "1", "--device", "cpu"])
+    gradient.main(["--size", "rehearsal", "--repeats", "1", "--device", "cpu"])
     printed = result(capsys)
     assert (
         set(gradient.SCHEDULES) < set(printed["rows"]) and printed["rows"]["ours"]["reference"] == "released schedule"
     )
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in printed["rows"].values())
-    assert printed["machine"]["torch"] == torch.__version__ and printed["settings"]["size"] == "tiny"
+    assert printed["machine"]["torch"] == torch.__version__ and printed["settings"]["size"] == "rehearsal"
 
 
 def test_amf(capsys):
@@ -48,7 +48,7 @@ def test_amf(capsys):
 def test_scaling(capsys, monkeypatch):
     for name, values in {"FRAMES": (9, 17), "LONG": 17, "SCALES": (1,), "SPANS": (1, 2), "WINDOWS": (3,)}.items():
         monkeypatch.setattr(scaling, name, values)
-    scaling.main(["--size", "tiny", "--repeats", "1", "--device", "cpu"])
+    scaling.main(["--size", "rehearsal", "--repeats", "1", "--device", "cpu"])
     printed = result(capsys)
     rows = {"run, latent frames 5", "flow, window 3", "gradient, span 2", "run, tokens a frame 24"}
     assert rows <= set(printed["rows"])
@@ -67,8 +67,8 @@ def test_scaling(capsys, monkeypatch):
 )
 def test_models(capsys, monkeypatch, table, row, to):
     """They stop by themselves if ours and diffusers' compute different things."""
-    monkeypatch.setattr(dit, "compile_blocks", lambda model: None)
-    table.main(["--size", "tiny", "--repeats", "1", "--device", "cpu"])
+    monkeypatch.setattr(dit, "compile_blocks", lambda model, **options: None)
+    table.main(["--size", "rehearsal", "--repeats", "1", "--device", "cpu"])
     rows = result(capsys)["rows"]
     assert rows[row]["reference"] == to and rows[row]["time_ratio"] > 0
 
