@@ -35,7 +35,7 @@ PLAIN = "plain sampling"
 RELEASE = "release's schedule"
 MARKED = {BASE: "#d55e00", RELEASE: "#cc79a7", "dense": "#0072b2", PLAIN: "#009e73", "fast": "#e69f00"}
 RELEASED = {"window_anchor": "self", "centroid": "soft", "reference": "noised"}
-FOUR = {"cfg_interval": (0.9, 1.0), "guide_every": 2, "frames_every": 2, "interval": 5}
+FOUR: dict[str, Any] = {"cfg_interval": (0.9, 1.0), "guide_every": 2, "frames_every": 2, "interval": 5}
 # What each point changes in a checkpoint's options; blocks are of six, and scaled to a deeper model.
 POINTS: dict[str, dict[str, Any]] = {
     PLAIN: {"amf": "none"},

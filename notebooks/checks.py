@@ -421,8 +421,8 @@ check_13 = Check(
         "a row holds head after head, so it splits into (heads, width), not (width, heads)": (
             lambda x, heads: x.unflatten(2, (-1, heads)).mean(3)
         ),
-        "this is the mean within each head. Average over the heads": lambda x, heads: x.unflatten(2, (heads, -1)).mean(
-            3
+        "this is the mean within each head. Average over the heads": (
+            lambda x, heads: x.unflatten(2, (heads, -1)).mean(3)
         ),
         "this is the sum of the heads, not their mean": lambda x, heads: x.unflatten(2, (heads, -1)).sum(2),
     },

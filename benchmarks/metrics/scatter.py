@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 1120, 640
 LEFT, RIGHT, TOP, BOTTOM = 80, 760, 60, 560  # of the plot itself; the names are right of it
+# Where a point's number may begin, from the point: right and down, in pixels; the first that is free is taken.
 SIDES = [(9, -7), (9, 15), (-25, -7), (-25, 15), (14, 4), (-30, 4), (14, -22), (14, 28), (-30, -22), (-30, 28)]
 FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
