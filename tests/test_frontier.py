@@ -27,12 +27,12 @@ from benchmarks.metrics.points import (
     difference_text,
     paired,
     settings_of_point,
-    study_table,
     values_of,
 )
 from benchmarks.metrics.rows import append_rows, read_rows
 from benchmarks.metrics.scatter import Mark, label_positions, ticks
 from benchmarks.metrics.scatter import frontier as undominated
+from benchmarks.studies.program import table as study_table
 from fastvmt import MotionConfig
 from wan_mini.config import T2V_1_3B, T2V_14B
 from wan_mini.errors import UserError
@@ -87,8 +87,8 @@ def test_differences_are_paired():
     assert (mean, low, high) == pytest.approx((0.1, 0.1, 0.1))
     assert difference_text((mean, low, high)) == "+0.10 [+0.10, +0.10]"
     assert paired(rows, "a", "c", "correlation") is None and difference_text(None) == "-"
-    line = study_table(rows, ["a", "c"], "b").splitlines()[2:]
-    assert line[0].startswith("| a | 21 |") and line[1] == "| c | 0 " + "| - " * 8 + "|"
+    line = study_table(rows, {"a": "b", "c": "b"}).splitlines()[2:]
+    assert line[0].startswith("| a | 21 |") and line[1] == "| c | 0 " + "| - " * 8 + "| b |"
 
 
 def test_only_undominated_points_are_the_frontier():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from test_frontier import copies
 
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
+from benchmarks.metrics.forest import BLUE, Effect, forest
+from benchmarks.metrics.forest import GRAY as LIGHT
 from benchmarks.metrics.points import MEASURES, first_frames, reduced, settings_of_point
 from benchmarks.metrics.rows import read_rows
 from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
@@ -91,6 +94,42 @@ def test_a_study_says_what_it_expects_and_runs(study, tmp_path, monkeypatch, cap
     rows = read_rows(file, MEASURES)
     assert [row["method"] for row in rows] == names and all(row["correlation"] > 0.5 for row in rows)
     assert f"| {names[1]} | 1 |" in capsys.readouterr().out
+    drawing = file.with_suffix(".svg").read_text(encoding="utf-8")
+    ET.fromstring(drawing)
+    assert f">{names[0]}</text>" in drawing and drawing.count("<circle") >= 1
+
+
+def test_every_point_has_a_base_that_is_its_own():
+    """Bases are points of the same study, and are compared with themselves: hollow in the figure."""
+    for study in STUDIES:
+        points = study.points()
+        for point in points.values():
+            assert point.base == "" or points[point.base].base == point.base
+    assert speed.points()["speed 3, span 2"].base == "speed 3, preset"
+    assert cuts.points()["occluded"].base == "seen"
+
+
+def test_a_forest_plot_shows_each_interval():
+    """By hand: x runs from -0.24 to 0.54 over 420 pixels; an interval that includes 0 is gray."""
+    effects = [
+        Effect("base", "base", (0.0, 0.0, 0.0), ("0.5",)),
+        Effect("better", "base", (0.3, 0.1, 0.5), ("0.8",)),
+        Effect("<no>", "other", (0.0, -0.1, 0.1), ("0.5",)),
+        Effect("not run", "other", None, ("-",)),
+    ]
+    drawing = forest(effects, title="A & B", x_title="x", columns=("mean",))
+    root = ET.fromstring(drawing)
+    circles = root.findall("{*}circle")
+    assert [circle.get("fill") for circle in circles] == ["#ffffff", BLUE, LIGHT]
+    assert float(circles[1].get("cx")) == pytest.approx(300 + 0.54 / 0.78 * 420, abs=0.1)
+    assert [float(circle.get("cy")) for circle in circles] == [96, 122, 148]
+    bars = [line for line in root.findall("{*}line") if line.get("stroke") == BLUE]
+    assert float(bars[0].get("x1")) == pytest.approx(300 + 0.34 / 0.78 * 420, abs=0.1)
+    assert float(bars[0].get("x2")) == pytest.approx(300 + 0.74 / 0.78 * 420, abs=0.1)
+    texts = [text.text for text in root.findall("{*}text")]
+    assert {"A & B", "<no>", "not run", "mean", "+0.2", "0", "-0.2", "+0.4"} <= set(texts)
+    dividers = [line for line in root.findall("{*}line") if line.get("stroke") == "#dddddd"]
+    assert len(dividers) == 1
 
 
 @pytest.mark.slow

@@ -29,7 +29,6 @@ from wan_mini.tiny.world import SPLITS, Clip, make_clip, other_scene, score
 QUALITY = ("correlation", "error_px", "subject", "shape_ok", "color_ok")
 COSTS = ("gradients", "passes", "guidance_gflop", "denoising_gflop", "seconds", "joules")
 MEASURES = (*QUALITY, *COSTS)
-RESULTS = Path(__file__).parent.parent / "results" / "studies"
 MakeClip = Callable[[int, str, str], Clip]  # seed, kind and split, as make_clip
 
 
@@ -41,6 +40,7 @@ class Point:
     clip_of: MakeClip = make_clip
     clip_name: str = ""  # of clip_of, if it is another; rows of other clips must not be averaged
     scored: int | None = None  # frames, from the first, that are compared with the truth; None: all
+    base: str = ""  # the point that it is compared with; "": the study's
     scale: int = 1  # the reference is enlarged by this, and the result made as small as the truth again
     transfer: Callable[..., Transfer] | None = None  # None: fastvmt.transfer
 
@@ -176,26 +176,3 @@ def mean_text(rows: Sequence[Row], name: str, measure: str) -> str:
     """The mean of a measure at one point; a dash where nothing was measured."""
     values = list(values_of(rows, name, measure).values())
     return f"{np.mean(values):.2f}" if values else "-"
-
-
-def run_study(prog: str, docstring: str | None, points: Mapping[str, Point], base: str, argv: list[str] | None) -> None:
-    """The whole program of a study: run what its CSV lacks, print its hypothesis and its table."""
-    p = Parser(prog=f"python -m benchmarks.studies.{prog}", description=(docstring or "").partition("\n")[0])
-    add_flags(p, RESULTS / f"{prog}.csv", clips=20)
-    rows = run_points(p.parse_args(argv), points)
-    print(docstring)
-    print(study_table(rows, list(points), base))
-
-
-def study_table(rows: Sequence[Row], points: Sequence[str], base: str) -> str:
-    """Means at each point, and the paired difference of the correlation from a base, in Markdown."""
-    columns = ("correlation", "error_px", "subject", "shape_ok", "color_ok", "seconds", "joules")
-    lines = [f"| point | clips | {' | '.join(columns)} | correlation - that of {base} |", "|---" * 10 + "|"]
-    for name in points:
-        clips = len(values_of(rows, name, "seconds"))
-        cells = [name, str(clips)]
-        for measure in columns:
-            cells.append(mean_text(rows, name, measure))
-        cells.append(difference_text(paired(rows, name, base, "correlation")))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)

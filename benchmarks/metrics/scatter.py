@@ -50,10 +50,12 @@ def text(x: float, y: float, content: str, anchor: str = "middle", size: int = 1
     return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content, quote=False)}</text>'
 
 
-def line(start: tuple[float, float], end: tuple[float, float], color: str = "#999999", more: str = "") -> str:
+def line(
+    start: tuple[float, float], end: tuple[float, float], color: str = "#999999", more: str = "", width: float = 1.5
+) -> str:
     """A straight line."""
     ends = f'x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="1.5" {more}/>'
+    return f'<line {ends} stroke="{color}" stroke-width="{width:g}" {more}/>'
 
 
 def ticks(low: float, high: float, step: float) -> list[float]:

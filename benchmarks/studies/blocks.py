@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from benchmarks.metrics.points import Point, run_study
+from benchmarks.metrics.points import Point
+from benchmarks.studies.program import run_study
 from fastvmt import FastVMT, MotionConfig, gradient_of
 from wan_mini.config import TINY
 from wan_mini.load import Wan

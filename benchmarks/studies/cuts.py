@@ -8,8 +8,9 @@ Limit: the cut is hard and between scenes of one kind; the occluder is a gray ba
 """
 
 import fastvmt
-from benchmarks.metrics.points import Point, run_study
+from benchmarks.metrics.points import Point
 from benchmarks.studies.clips import CUT, occluded, played, with_cut
+from benchmarks.studies.program import run_study
 from wan_mini.cuts import split_at_cuts
 from wan_mini.runs.cli import run
 from wan_mini.runs.request import load_preset
@@ -31,8 +32,8 @@ def points() -> dict[str, Point]:
         "across the cut": Point(preset, with_cut, "cut", scored=CUT),
         "split by the detector": Point(preset, first_scene, "first scene", scored=CUT),
         "split by hand": Point(preset, played(range(CUT)), "first frames", scored=CUT),
-        "seen": Point(preset),
-        "occluded": Point(preset, occluded, "occluded"),
+        "seen": Point(preset, base="seen"),
+        "occluded": Point(preset, occluded, "occluded", base="seen"),
     }
 
 

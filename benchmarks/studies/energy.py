@@ -9,7 +9,8 @@ read (most virtual machines), there is a dash.
 from dataclasses import replace
 
 import fastvmt
-from benchmarks.metrics.points import Point, run_study
+from benchmarks.metrics.points import Point
+from benchmarks.studies.program import run_study
 from wan_mini.runs.cli import run
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT

@@ -7,8 +7,9 @@ Limit: longer clips go forth and back, so their second half repeats the first; t
 """
 
 import fastvmt
-from benchmarks.metrics.points import Point, run_study
+from benchmarks.metrics.points import Point
 from benchmarks.studies.clips import frames_at, played
+from benchmarks.studies.program import run_study
 from wan_mini.runs.cli import run
 from wan_mini.runs.request import load_preset
 from wan_mini.tiny.demo import CHECKPOINT
