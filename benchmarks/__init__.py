@@ -1,1 +1,1 @@
-"""Measurements: `python -m benchmarks` lists the programs, README.md holds the figures, results/ the files."""
+"""Measurements: `python -m benchmarks` lists the programs, the .md pages hold the figures, results/ the files."""

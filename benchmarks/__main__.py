@@ -10,9 +10,9 @@ from wan_mini.runs.cli import Parser
 
 
 def programs() -> dict[str, str]:
-    """Every program of this folder by its module's name, and the first line of what it says of itself."""
+    """Every program of these folders by its module's name, and the first line of what it says of itself."""
     folder = Path(__file__).parent
-    files = sorted(folder.glob("*.py")) + sorted(folder.glob("*/__main__.py"))
+    files = sorted(folder.glob("*.py")) + sorted(folder.glob("*/__main__.py")) + sorted(folder.glob("studies/*.py"))
     lines = {}
     for file in files:
         source = file.read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "wan_mini/README.md"]
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (*ROOT.glob("*.md"), *ROOT.glob("[bnw]*/**/*.md")))
 CODE = [*ROOT.glob("*.py"), *(ROOT / "wan_mini").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
 CODE += [ROOT / "notebooks" / f"{name}.py" for name in ("diagrams", "explore", "run", "svg", "website")]
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)

@@ -436,7 +436,7 @@ def test_top_level_holds_what_belongs_there():
     assert names >= TOP_LEVEL, report(sorted(TOP_LEVEL - names))
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks/README.md", ROOT / "benchmarks/README.md"]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[bnw]*/**/*.md")])
 README = text_of(ROOT / "README.md")
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
