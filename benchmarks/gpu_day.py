@@ -1,7 +1,7 @@
 """A day with a GPU: check, speed and train, each in calls of at most nine minutes, all files in one folder.
 
     python -m benchmarks.gpu_day check --out day      # the suite's gpu tests, file by file
-    python -m benchmarks.gpu_day speed --out day      # all tables of benchmarks/speed/README.md, the most important first
+    python -m benchmarks.gpu_day speed --out day      # all tables of benchmarks/speed, the most important first
     python -m benchmarks.gpu_day train --out day --state last_day/train
     python -m benchmarks.gpu_day check speed train --out day --rehearse        # on a CPU, tiny sizes, minutes
 

@@ -8,6 +8,7 @@
 Stops at the first error of a notebook, goes on with the next, and exits with 1 if any had one.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -46,33 +47,39 @@ def execute(path: Path, check: bool) -> str:
     return ""
 
 
-def make_site(argv: list[str]) -> int:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(prog="python notebooks/run.py", description="Run notebooks, and keep their outputs.")
+    p.add_argument("names", nargs="*", metavar="NAME", help="those whose path begins so: 06, solutions/06 (all)")
+    p.add_argument("--check", action="store_true", help="run and report, change no file")
+    p.add_argument("--site", type=Path, metavar="DIR", help="run nothing, write the course as static pages into DIR")
+    return p
+
+
+def make_site(folder: Path) -> int:
     """Write the course as static pages; returns the exit code."""
-    if len(argv) != 1:
-        print("error: --site needs one folder: python notebooks/run.py --site DIR", file=sys.stderr)
-        return 2
     try:
         from website import build
     except ModuleNotFoundError as error:
         print(f"error: --site needs {error.name}: pip install -r requirements-dev.txt", file=sys.stderr)
         return 2
-    print(f"wrote {len(build(Path(argv[0])))} files, begin with {Path(argv[0]) / 'index.html'}")
+    print(f"wrote {len(build(folder))} files, begin with {folder / 'index.html'}")
     return 0
 
 
 def main(argv: list[str]) -> int:
     """Run what the arguments choose; returns the exit code."""
-    if argv[:1] == ["--site"]:
-        return make_site(argv[1:])
-    patterns = [word for word in argv if not word.startswith("-")]
+    args = parser().parse_args(argv)
+    if args.site is not None:
+        return make_site(args.site)
     paths = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
     failed = 0
     for path in paths:
         name = path.relative_to(HERE).as_posix()
-        if patterns and not any(name.startswith(pattern) for pattern in patterns):
+        if args.names and not name.startswith(tuple(args.names)):
             continue
         start = time.perf_counter()
-        problem = execute(path, "--check" in argv)
+        problem = execute(path, args.check)
         failed += bool(problem)
         print(f"{name:44} {time.perf_counter() - start:6.1f} s  {problem or 'ok'}", flush=True)
     return int(failed > 0)

@@ -17,8 +17,9 @@ from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = ("README.md", "notebooks/README.md", "wan_mini/README.md", "CONTRIBUTING.md", "benchmarks/README.md")
-DOCUMENTS += ("benchmarks/transfer.md", "benchmarks/frontier.md", "benchmarks/studies/README.md", "benchmarks/methods.md")
-DOCUMENTS += ("benchmarks/speed/README.md", "benchmarks/published_code.md", "wan_mini/tiny/training/README.md")
+DOCUMENTS += ("benchmarks/transfer.md", "benchmarks/frontier.md", "benchmarks/studies/README.md")
+DOCUMENTS += ("benchmarks/methods.md", "benchmarks/speed/README.md", "benchmarks/published_code.md")
+DOCUMENTS += ("wan_mini/tiny/training/README.md",)
 EXPLORE = "notebooks/explore.html"
 MATHJAX = "https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"
 LINK = re.compile(r'(?<=\s)(href|src)="([^"#]*)(#[^"]*)?"')

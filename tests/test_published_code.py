@@ -1,6 +1,6 @@
 """Five defects of the published code (mayuelala/FastVMT at 34a050b), each shown on an input whose answer is known.
 
-What it computes is written anew here from its description in benchmarks/published_code.md; notebook 08 draws it. Each test
+What it computes is written anew here from its description in benchmarks/published_code.md. Each test
 first shows the defect, then that this repository's code does not have it.
 """
 

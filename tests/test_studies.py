@@ -1,6 +1,8 @@
 """The studies: their clips by hand, their points, one clip of each with a stub, and (slow) with a random model."""
 
+import itertools
 import json
+import re
 import shutil
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -15,14 +17,25 @@ from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
 from benchmarks.metrics.forest import BLUE, Effect, forest
 from benchmarks.metrics.forest import GRAY as LIGHT
-from benchmarks.metrics.points import MEASURES, first_frames, reduced, settings_of_point
+from benchmarks.metrics.points import (
+    MEASURES,
+    difference_text,
+    first_frames,
+    paired,
+    reduced,
+    settings_of_point,
+    values_of,
+)
 from benchmarks.metrics.rows import read_rows
 from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
 from benchmarks.studies.blocks import BlocksConfig, SeveralBlocks
 from benchmarks.studies.clips import CUT, GRAY, OCCLUDER, frames_at, occluded, played, with_cut
+from benchmarks.studies.program import RESULTS
+from wan_mini.load import load_wan
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import make_clip
 
+ROOT = Path(__file__).resolve().parent.parent
 STUDIES = [blocks, cuts, energy, interval, length, schedule, speed]
 
 
@@ -130,6 +143,36 @@ def test_a_forest_plot_shows_each_interval():
     assert {"A & B", "<no>", "not run", "mean", "+0.2", "0", "-0.2", "+0.4"} <= set(texts)
     dividers = [line for line in root.findall("{*}line") if line.get("stroke") == "#dddddd"]
     assert len(dividers) == 1
+
+
+def test_the_studies_that_ship(tmp_path):
+    """By today's options and weights, all points on the same clips; figures and intervals are those of the rows."""
+    page = (ROOT / "benchmarks" / "studies" / "README.md").read_text(encoding="utf-8")
+    sections = re.split(r"^## ", page.partition("\n---\n")[0], flags=re.MULTILINE)[1:]
+    hashes = load_wan(CHECKPOINT, device="cpu", dtype=torch.float32).hashes
+    for study, section in zip([speed, cuts, blocks, interval, schedule, length, energy], sections, strict=True):
+        words = section.partition("\n")[2].split()
+        assert len(words) <= 150
+        assert all(f"**{part}.**" in words for part in ("Hypothesis", "Answer", "Limit"))
+        name = study.__name__.split(".")[-1]
+        file = RESULTS / f"{name}.csv"
+        assert file.exists() == (study is not energy)  # joules could not be read
+        if not file.exists():
+            continue
+        rows = read_rows(file, MEASURES)
+        points = study.points()
+        assert all(row["settings"] == settings_of_point(points[row["method"]], hashes) for row in rows)
+        clips = {point: sorted(values_of(rows, point, "seconds")) for point in points}
+        assert len(set(map(tuple, clips.values()))) == 1 and len(clips[next(iter(points))]) >= 4
+        differences = set()
+        for first, second in itertools.permutations(points, 2):
+            differences.add(difference_text(paired(rows, first, second, "correlation")))
+        stated = re.findall(r"[+-]\d\.\d\d \[[^\]]*\]", section.replace("\n", " "))
+        assert len(stated) >= 1 and set(stated) <= differences
+        copy = Path(shutil.copy(file, tmp_path))
+        study.program(["--show", "--csv", str(copy)])
+        assert copy.with_suffix(".svg").read_bytes() == file.with_suffix(".svg").read_bytes()
+        assert f"results/studies/{name}.svg" in section
 
 
 @pytest.mark.slow

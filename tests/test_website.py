@@ -66,8 +66,11 @@ def test_all_pages(tmp_path, capsys):
 
 
 def test_the_folder_is_needed(capsys):
-    assert notebooks_run.main(["--site"]) == 2
-    assert "--site DIR" in capsys.readouterr().err
+    for flags in (["--site"], ["--hepl"]):
+        with pytest.raises(SystemExit) as stopped:
+            notebooks_run.main(flags)
+        assert stopped.value.code == 2
+    assert "--site" in capsys.readouterr().err
 
 
 def test_anchors_are_those_of_the_repository():

@@ -1,7 +1,7 @@
 """The usual video metrics as formulas over features, whatever model made them.
 
-CLIP, DINO and the aesthetic head are not here: a user brings their features (benchmarks/methods.md has the recipe). Each
-function names the convention that it follows, because tables with the same column names follow different ones.
+CLIP, DINO and the aesthetic head are not here: a user brings their features (benchmarks/methods.md has the recipe).
+Each function names the convention that it follows, because tables with the same column names follow different ones.
 """
 
 import numpy as np
