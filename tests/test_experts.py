@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from wan_mini.generate import preset
 from wan_mini.inspect import inspect
 from wan_mini.load import load_dit, load_wan
 from wan_mini.lora_files import LoraFile
+from wan_mini.peers.guidance import check_one_transformer, stream_before
 from wan_mini.pipeline import denoise
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
@@ -166,6 +168,18 @@ def test_experts_of_two_sizes_are_refused(originals):
     low.config = replace(low.config, num_heads=4)
     with pytest.raises(UserError, match="two experts must have one size"):
         Experts(high, low, 0.875)
+
+
+def test_methods_that_hook_blocks_refuse_two_experts_and_shared_tokens(originals):
+    """Their hooks would see the high-noise expert alone, or a part of the tokens."""
+    high = load_dit(originals[0], **FP32)
+    check_one_transformer(high, "moft")
+    with pytest.raises(UserError, match="moft reads the blocks of one transformer"):
+        check_one_transformer(Experts(high, load_dit(originals[1], **FP32), 0.875), "moft")
+    latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, high.config.text_dim)
+    high.ranks = SimpleNamespace(name="cfg,sequence")
+    with pytest.raises(UserError, match="needs all tokens in each process, got --parallel cfg,sequence"):
+        stream_before(high, 1, latents, torch.tensor(500.0), text)
 
 
 def test_inspect_names_both(pair, capsys):

@@ -14,7 +14,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.errors import MissingFile, UserError
 from wan_mini.layouts import LAYOUTS, rename
 from wan_mini.load import load_dit, load_wan
-from wan_mini.lora_files import LoraFile, parse_lora, read_loras
+from wan_mini.lora_files import Change, LoraFile, parse_lora, read_loras
 
 SIZES = DiTConfig(dim=48, ffn_dim=96, num_heads=2, num_layers=2, freq_dim=32, text_dim=16, text_len=64)
 LINEAR = ("blocks.0.self_attn.q", "blocks.1.cross_attn.o", "blocks.1.ffn.2", "time_projection.1", "head.head")
@@ -243,3 +243,16 @@ def test_files_are_read_once_for_weightless_modules(base, tmp_path):
     changes = read_loras([LoraFile(tmp_path / "lora.safetensors")], dit)
     assert changes.keys() == {f"{module}.weight" for module in parts}
     assert load_file(tmp_path / "lora.safetensors").keys() == peft(parts).keys()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"up": torch.ones(4, 2), "down": torch.ones(3)},
+        {"up": torch.ones(4, 0), "down": torch.ones(0, 3), "alpha": torch.ones(())},
+        {"up": torch.ones(4, 2), "down": torch.ones(2, 3), "alpha": torch.ones(2)},
+    ],
+)
+def test_shapes_that_are_no_matrices_are_refused(tensors):
+    with pytest.raises(UserError, match="needs matrices up and down of a rank above 0, and one alpha"):
+        Change("file: q", 1.0, tensors).check((4, 3))

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import tracemalloc
 import warnings
@@ -380,9 +381,24 @@ def test_portrait_odd_sizes_ten_bits_and_square_pixels(tmp_path):
 def test_rotation_tags_are_obeyed(degrees, tmp_path):
     source = make_clip(0).frames[:9, :64, :96]
     film = make_film(tmp_path / "a.mp4", "-pix_fmt", "yuv420p", "-crf", "12", source=source)
-    run_ffmpeg("-display_rotation", degrees, "-i", film, "-c", "copy", tmp_path / "turned.mp4")
-    clip = read_video(tmp_path / "turned.mp4")
-    assert np.abs(clip.astype(int) - np.rot90(source, degrees // 90, (1, 2))).mean() < 4
+    data = bytearray(film.read_bytes())
+    start = data.index(b"tkhd") + 44  # the track header's 3x3 matrix: clockwise by so many degrees
+    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    data[start : start + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    film.write_bytes(data)
+    clip = read_video(film)
+    assert np.abs(clip.astype(int) - np.rot90(source, -degrees // 90, (1, 2))).mean() < 4
+
+
+@needs_ffmpeg
+def test_frames_of_another_size_are_not_lost(tmp_path):
+    """A film whose picture becomes smaller on the way, as of a screen or a call: all frames, in their order."""
+    levels = np.array(LEVELS, np.uint8)[:25, None, None, None]
+    make_film(tmp_path / "a.webm", source=np.broadcast_to(levels[:12], (12, 64, 96, 3)))
+    make_film(tmp_path / "b.webm", source=np.broadcast_to(levels[12:], (13, 48, 64, 3)), size=(48, 64))
+    (tmp_path / "list.txt").write_text("file a.webm\nfile b.webm\n")
+    run_ffmpeg("-f", "concat", "-i", tmp_path / "list.txt", "-c", "copy", tmp_path / "c.webm")
+    assert numbers(read_video(tmp_path / "c.webm", size=(64, 96))) == list(range(25))
 
 
 @needs_ffmpeg

@@ -210,6 +210,12 @@ def test_fewer_anchors(every):
     torch.testing.assert_close(window_loss(k, (7, 2, 3), pairs, windows), torch.as_tensor(expected))
 
 
+def test_noise_levels_in_the_wrong_order_are_refused():
+    """Else no step would be between them, and classifier-free guidance be off without a word."""
+    with pytest.raises(UserError, match="cfg_interval must be the lower noise level"):
+        MotionConfig(cfg_interval=(1.0, 0.5))
+
+
 def test_a_missing_anchor_is_refused():
     pairs = [pair for pair in frame_pairs(7, 3) if pair[0] != 2]
     with pytest.raises(ValueError, match="needs all pairs of 7 frames"):

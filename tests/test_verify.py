@@ -285,7 +285,13 @@ def test_errors_and_flags(tmp_path, capsys, monkeypatch):
     assert main([str(tmp_path / "none.webp"), *CPU]) == 2 and "no clip at" in capsys.readouterr().err
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
     clip = write_video(tmp_path / "a.webp", frames, 16)
-    for flags in (["--height", "32"], ["--frames", "8"], ["--seeds", "0"], ["--frames", "1"]):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(clip), "--seed", "9" * 20, *CPU])
+    assert stopped.value.code == 2 and "needs a seed" in capsys.readouterr().err
+    (tmp_path / "run.json").write_bytes(b'{"seed": "\xe9"}')  # another encoding: no claim, and no error
+    assert read_claim(clip) == {}
+    wrong = (["--height", "32"], ["--frames", "8"], ["--seeds", "0"], ["--frames", "1"])
+    for flags in (*wrong, ["--seeds", "9" * 30]):
         assert main([str(clip), *flags, *CPU]) == 2
         line = capsys.readouterr().err
         assert line.startswith("error: ") and line.count("\n") == 1

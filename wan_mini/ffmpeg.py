@@ -55,7 +55,7 @@ def read_frames(path: Path, fps: float | None) -> Iterator[Image.Image]:
             print(f"note: {path} has a high dynamic range ({transfer}), its colors come out pale: convert it first")
     decoder = None
     if "alpha_mode" in picture:
-        decoder = ALPHA_DECODERS.get(picture.split()[0])
+        decoder = ALPHA_DECODERS.get(re.split("[ ,]", picture)[0])
     yield from _decode(path, decode_command(path, fps, decoder))
 
 
@@ -132,7 +132,10 @@ def decode_command(path: Path, fps: float | None, decoder: str | None = None) ->
     if not fps:
         time_filters = "settb=1/25,setpts=N,fps=25"  # numbered anew: none of a variable rate is dropped or repeated
     filters = f"{time_filters},scale=iw*clip(sar\\,0.25\\,4):ih:flags=accurate_rnd+full_chroma_int,format=rgba"
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-xerror", *_input_options()]
+    # Threads by frame would race with -xerror, so that a damaged film is refused or not by chance. Without
+    # -reinit_filter 0, times would begin again where the size of the picture changes, and frames be lost.
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-xerror", "-thread_type", "slice", "-reinit_filter", "0"]
+    command += _input_options()
     if decoder is not None:
         command += ["-c:v", decoder]
     command += ["-i", str(path.absolute()), "-map", "0:V:0", "-vf", filters]

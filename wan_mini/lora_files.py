@@ -58,6 +58,9 @@ class Change:
         if "diff" in roles:
             got = tuple(self.tensors["diff"].shape)
         else:
+            flat = min(self.tensors["up"].ndim, self.tensors["down"].ndim) < 2
+            if flat or self.tensors["down"].shape[0] < 1 or self.tensors.get("alpha", torch.ones(1)).numel() != 1:
+                raise UserError(f"{self.source} needs matrices up and down of a rank above 0, and one alpha")
             up, down = self._matrices()
             if up.shape[1] != down.shape[0]:
                 raise UserError(f"{self.source} has up {tuple(up.shape)} and down {tuple(down.shape)}, of two ranks")

@@ -6,7 +6,7 @@
     guide_every      fewer guided steps, whose larger rates move the latents as far (sum of rate x updates)
     gradient_every   a gradient serves several guided steps, not only several updates in one
     anchor_every     fewer anchor frames, and so fewer frame pairs
-    frames_every     the blocks of the guidance see some of the latent frames, other ones at each gradient
+    frames_every     the blocks of the guidance see some of the latent frames, other ones at each guided step
     tokens_every     they see some rows and columns of tokens; all keep their positions (RoPE)
     stop_loss        a guided step ends when its loss has fallen to a share of its first
 
@@ -40,7 +40,7 @@ class SavingsConfig(SamplingConfig):
 
     cfg_interval: tuple[float, float] = (0.0, 1.0)  # noise levels; outside, the prompt's velocity alone
     cache: float = 0.0  # sum of relative changes of the latents (L1) below which a velocity is used again
-    guide_every: int = 1  # of the first steps, each n-th is guided, at n times the rate
+    guide_every: int = 1  # of the first steps, each n-th is guided, at a rate that moves the latents as far
     gradient_every: int = 1  # guided steps that share one step's last gradient
     anchor_every: int = 1  # latent frames from one anchor frame to the next
     frames_every: int = 1  # latent frames from one that the guidance sees to the next
@@ -50,6 +50,8 @@ class SavingsConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("cfg_interval", self.cfg_interval, 0, 1)
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise UserError(f"cfg_interval must be the lower noise level and then the higher, got {self.cfg_interval}")
         check_range("cache", self.cache)
         for name in ("guide_every", "gradient_every", "anchor_every", "frames_every", "tokens_every"):
             check_range(name, getattr(self, name), 1)

@@ -29,13 +29,14 @@ from PIL import Image
 from torch import Tensor
 
 from wan_mini.config import TIME_STRIDE, latent_frames, latent_shape, valid_frames
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import DTYPES, exact_float32, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
 from wan_mini.json_file import parse_json
 from wan_mini.load import Wan, load_wan
+from wan_mini.pipeline import SamplingConfig
 from wan_mini.prompts import encode_prompts
-from wan_mini.runs.cli import Parser, add_common_flags, run
+from wan_mini.runs.cli import Parser, add_common_flags, run, seed_number, with_options
 from wan_mini.runs.folder import read_preset
 from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler
@@ -132,15 +133,18 @@ class Verifier:
         self.frames = frames
         self.original = original
         self.device = device
-        shift = read_preset(wan.folder).get("motion", {}).get("shift", 7.0)
-        self.scheduler = FlowEuler(STEPS, float(shift))
+        motion = read_preset(wan.folder).get("motion", {})
+        own = {name: motion[name] for name in ("shift",) if name in motion}
+        shift = with_options(SamplingConfig(), own, f"{wan.folder}/motion.json: motion").shift
+        self.scheduler = FlowEuler(STEPS, shift)
         self.text = encode_prompts(wan, [""], device)[0]
 
     @torch.no_grad()
     def estimate(self, view: View) -> Tensor:
         """The noise (1,16,G,h,w) that a view of the clip seems to come from."""
-        video = to_tensor(view.of(self.frames)).to(self.device)
-        latents = self.wan.vae.encode(video)
+        with exact_float32(self.device):
+            video = to_tensor(view.of(self.frames)).to(self.device)  # (T,H,W,3) -> (1,3,T,H,W)
+            latents = self.wan.vae.encode(video)
         return invert(self.wan.dit, latents, self.text, self.scheduler).cpu()
 
     def matches(self, view: View, seeds: Sequence[int], key: str) -> Iterator[Match]:
@@ -183,7 +187,7 @@ def read_claim(clip: Path) -> dict[str, Any]:
             texts.append(file.getexif().get(EXIF_IMAGE_DESCRIPTION, ""))
     record = clip.parent / "run.json"
     if record.is_file():
-        texts.append(record.read_text(encoding="utf-8"))
+        texts.append(record.read_text(encoding="utf-8", errors="replace"))
     for text in texts:
         claim = {}
         with suppress(ValueError, TypeError):
@@ -208,7 +212,7 @@ def parser() -> Parser:
     p = Parser(prog="python -m wan_mini.verify", description="Does a clip come from the start noise of a seed and key?")
     p.add_argument("clip", type=Path, metavar="CLIP", help="mp4, GIF, WebP or folder of pictures")
     p.add_argument("--model", type=Path, default=CHECKPOINT, help="the checkpoint that made it (the tiny model)")
-    p.add_argument("--seed", type=int, help="of the run (what the clip's metadata says, else a search)")
+    p.add_argument("--seed", type=seed_number, help="of the run (what the clip's metadata says, else a search)")
     p.add_argument("--seeds", type=int, default=SEEDS, help="without any seed, try so many from 0 (%(default)s)")
     p.add_argument("--key", help="of the run (what the metadata says, else none)")
     p.add_argument("--frames", type=int, help="of the original (what the metadata says, else the clip's)")
@@ -246,7 +250,7 @@ def verify(args: Any) -> bool:
     for name in given:
         if getattr(args, name) is not None:
             given[name] = getattr(args, name)
-    check_range("seeds", args.seeds, 1)
+    check_range("seeds", args.seeds, 1, 1_000_000)
     device = pick_device(args.device)
     frames, original = read_clip(args.clip, given)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype), hash_files=False)

@@ -95,8 +95,10 @@ def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
 def ranks(rows: Sequence[Row]) -> list[str]:
     """FastVMT's place by correlation (most first) and by seconds (least first), on the clips that every method has."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["settings"]))
+    if "fastvmt" not in methods:
+        return []
     clips = set.intersection(*({row["clip"] for row in rows if row["method"] == name} for name in methods))
-    if "fastvmt" not in methods or not clips:
+    if not clips:
         return []
     lines = []
     for name, sign in (("correlation", -1), ("seconds", 1)):

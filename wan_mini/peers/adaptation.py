@@ -16,6 +16,7 @@ from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.lora import load_adapters, save_adapters
 from wan_mini.peers.fit import Fit, FitConfig, loss_by_level, read_report
+from wan_mini.peers.guidance import check_one_transformer
 from wan_mini.peers.methods import METHODS, name_of, trains
 from wan_mini.peers.plan import Clips, FrameSets, Plan
 from wan_mini.pipeline import Journal, SamplingConfig, encode
@@ -107,6 +108,7 @@ def adapt(
     """
     if not trains(config):
         return [], {"gradients": 0}
+    check_one_transformer(wan.dit, "this method")
     method = METHODS[name_of(config)]
     if loaded is None:
         saved = read_report(training.path())  # heads keep the labels that they had

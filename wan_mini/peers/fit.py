@@ -180,7 +180,7 @@ class Fit:
     def update(self, dit: WanDiT, stage: Stage, text: Tensor, shift: float, recompute: str) -> None:
         """One training step."""
         assert self.optimizer is not None
-        rng = np.random.default_rng([self.seed, self.stage, self.step])
+        rng = np.random.default_rng([self.seed % 2**64, self.stage, self.step])
         for step in stage.passes:
             entry = gradients_of(dit, step, text, rng, shift, recompute)
             entry["loss"] = float(entry["loss"])

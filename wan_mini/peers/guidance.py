@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
+from wan_mini.experts import Experts
 from wan_mini.peers.flow import clean_flow
 from wan_mini.transfer import ReferenceGuidance
 
@@ -112,6 +113,14 @@ class StreamGuidance(PeerGuidance):
         return stream[0].float().unflatten(0, (self.grid[0], -1))  # (1,N,C) -> (N,C) -> (F,S,C)
 
 
+def check_one_transformer(dit: WanDiT, who: str) -> None:
+    """Raises UserError where hooks on blocks would miss a part of the work: of two experts, or of shared-out tokens."""
+    if isinstance(dit, Experts):
+        raise UserError(f"{who} reads the blocks of one transformer, and this model has two experts: use Wan 2.1")
+    if "sequence" in dit.ranks.name:
+        raise UserError(f"{who} needs all tokens in each process, got --parallel {dit.ranks.name}: leave it out")
+
+
 def stream_before(
     dit: WanDiT, block: int, latents: Tensor, timestep: Tensor, text: Tensor, recompute: str = "none"
 ) -> Tensor:
@@ -119,6 +128,7 @@ def stream_before(
 
     Raises UserError on block 0, which no block precedes.
     """
+    check_one_transformer(dit, "this method")
     if block < 1:
         raise UserError(f"block must be at least 1 to read the stream that enters it, got {block}")
     streams: list[Tensor] = []

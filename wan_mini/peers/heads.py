@@ -124,6 +124,6 @@ def relabel(labels: Tensor, control: str, seed: int) -> tuple[Tensor, Tensor]:
     if control == "swapped":
         return labels, ~labels
     if control == "random":
-        order = np.random.default_rng([seed, labels.numel()]).permutation(labels.numel())
+        order = np.random.default_rng([seed % 2**64, labels.numel()]).permutation(labels.numel())
         labels = labels.flatten()[torch.from_numpy(order).to(labels.device)].view_as(labels)
     return ~labels, labels

@@ -104,5 +104,7 @@ def order_of(settings: Mapping[str, Any], source: Path, model: Path) -> Order:
             loras=parse_loras(settings["loras"], model),
             label=str(settings["label"]),
         )
-    except (KeyError, TypeError, AttributeError) as problem:
+    except UserError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
         raise UserError(f"{source} is no run's state ({problem}): start a new run") from None
