@@ -170,8 +170,8 @@ def rows_of(
     for number, kind in clips:
         clip = make_clip(number, kind, split)
         head = {"clip": str(number), "kind": kind}
-        if (str(number), "chance: jitter") not in done:
-            for name, measures in chance_rows(clip, number):
+        for name, measures in chance_rows(clip, number):
+            if (str(number), name) not in done:
                 yield {**head, "method": name, "settings": "", **measures}
         for name, entry in methods.items():
             if (str(number), name) not in done:

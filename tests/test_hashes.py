@@ -135,6 +135,17 @@ def test_files_that_are_gone_are_forgotten(tmp_path, cache):
         file.unlink()
 
 
+def test_a_file_that_cannot_be_looked_at_is_forgotten(tmp_path, cache):
+    """Its name is too long for this disk; what a closed folder or a lost disk gives is an OSError as well."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache.write_text(json.dumps({"/tmp/" + 300 * "x": [1, 2, "old"]}))
+    file = tmp_path / "a"
+    file.write_text("a")
+    make_older(file, 60)
+    HashCache().store(file, (1, file.stat().st_mtime_ns), "a")
+    assert list(json.loads(cache.read_text())) == [str(file)]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}'])
 def test_a_broken_cache_is_no_error(content, copy, cache):
     folder = copy("comfy")

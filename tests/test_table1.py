@@ -99,6 +99,9 @@ def test_a_run_that_goes_on(model, tmp_path, capsys, monkeypatch):
     table1.program([*flags, "--show"])
     assert capsys.readouterr().out.count("| chance: jitter | 1 |") == 1
     assert len(read_rows(file)) == len(rows)
+    file.write_text("".join(text.splitlines(keepends=True)[:3]))  # stopped after two of the chance rows
+    table1.program([*flags, "--methods", "none"])
+    assert [row["method"] for row in read_rows(file)] == [*CHANCE, "none"]
 
 
 def test_two_processes_share_the_clips(model, tmp_path, monkeypatch):

@@ -234,8 +234,10 @@ def test_claims_are_read_and_checked(tmp_path):
     label = {"seed": 7, "config": {"key": "studio", "steps": 2}, "clip": {"frames": 5, "height": 32, "width": 48}}
     clip = write_video(tmp_path / "a.webp", frames, 16, label)
     assert read_claim(clip) == {"seed": 7, "key": "studio", "frames": 5, "height": 32, "width": 48}
-    for label in ({}, {"seed": "7"}, {"seed": True}, {"seed": -1}, {"seed": 1, "config": [3]}, [1]):
+    for label in ({}, {"seed": "7"}, {"seed": True}, {"seed": 2**64}, {"seed": 1, "config": [3]}, [1]):
         assert read_claim(write_video(tmp_path / "b.webp", frames, 16, label)) == {}
+    for seed in (-(2**63), -1, 2**64 - 1):  # all that a run takes
+        assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": seed})) == {"seed": seed}
     assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": 1, "frames": 10**9})) == {"seed": 1}
     (tmp_path / "run.json").write_text(json.dumps({"seed": 3}))
     assert read_claim(tmp_path / "b.mp4") == {"seed": 3}

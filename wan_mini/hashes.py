@@ -62,7 +62,10 @@ class HashCache:
             return
         self.entries[str(file.absolute())] = [*version, sha256]
         for path in list(self.entries):
-            if not Path(path).exists():
+            is_there = False
+            with suppress(OSError):  # of a folder or disk that may not be looked at
+                is_there = Path(path).exists()
+            if not is_there:
                 del self.entries[path]
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -47,7 +47,7 @@ STEPS = 25
 RATE = 1e-6  # the mark counts as found below this false-positive rate
 SEEDS = 1000  # that are tried where none is given
 CLAIMS = ("seed", "key", "frames", "height", "width")  # what a clip's metadata may say of its original
-LARGEST_SEED = 2**63
+SEED_RANGE = (-(2**63), 2**64)  # as --seed takes them
 LONGEST = 10_000  # frames or pixels that a claim may name
 
 
@@ -203,8 +203,8 @@ def _is_sound(name: str, value: object) -> bool:
     """Whether a claim, which anybody may have written, has a type and size to work with."""
     if name == "key":
         return isinstance(value, str)
-    limit = LARGEST_SEED if name == "seed" else LONGEST
-    return type(value) is int and 0 <= value < limit
+    low, high = SEED_RANGE if name == "seed" else (0, LONGEST)
+    return type(value) is int and low <= value < high
 
 
 def parser() -> Parser:

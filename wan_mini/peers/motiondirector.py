@@ -23,7 +23,10 @@ from wan_mini.peers.plan import Clips, FrameSets, Plan, single_frames
 
 @dataclass(frozen=True)
 class MotionDirectorConfig(FitConfig):
-    """Options of MotionDirector; the defaults are its code's. Only the second of each pair of stages counts."""
+    """Options of MotionDirector; the numbers are its code's, which also skips spatial passes at random.
+
+    Only the second of each pair of stages counts.
+    """
 
     fit_steps: tuple[int, int] = (0, 150)
     fit_lr: tuple[float, float] = (0.0, 5e-4)
@@ -41,7 +44,7 @@ class MotionDirectorConfig(FitConfig):
 
 
 def debias(velocity: Tensor, anchor: int, beta: float) -> Tensor:
-    """sqrt(beta^2 + 1) v_i - beta v_anchor for each latent frame i of v (1,16,F,h,w), of the same variance."""
+    """sqrt(beta^2 + 1) v_i - beta v_anchor for each latent frame i of v (1,16,F,h,w)."""
     return (beta**2 + 1) ** 0.5 * velocity - beta * velocity[:, :, anchor : anchor + 1]
 
 
