@@ -124,7 +124,7 @@ def test_the_losses_are_drawn(record):
 
 
 def test_the_command_makes_the_same_run(record):
-    words = shlex.split(command_of(record))
+    words = shlex.split(command_of({**record, "loras": ["a.safetensors:0.5", "b.safetensors:1"], "label": "a model's"}))
     assert words[:2] == ["python", "fastvmt.py"]
     method = fastvmt.method()
     args = build_parser(method).parse_args(words[2:])
@@ -133,10 +133,13 @@ def test_the_command_makes_the_same_run(record):
         MotionConfig(tile=(2, 5), block=4),
     )
     assert (args.prompt, args.seed, args.dtype, args.device) == (PROMPT, 7, "float32", "cpu")
+    assert (args.lora, args.label) == (["a.safetensors:0.5", "b.safetensors:1"], "a model's")
     plain = {"program": "-m wan_mini.generate", "model": "m", "prompt": "a", "seed": 3, "dtype": "float32"}
     plain |= {"height": 64, "width": 96, "frames": 9, "fps": 16.0, "steps": 4, "sampler": "euler", "vae_tile": None}
+    plain["key"] = "studio"
     words = shlex.split(command_of(plain))
     args = generate_parser().parse_args(words[3:])
+    assert args.key == "studio"
     assert (words[:3], args.height, args.sampler, args.vae_tile) == (
         ["python", "-m", "wan_mini.generate"],
         64,

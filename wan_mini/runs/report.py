@@ -115,8 +115,12 @@ def command_of(settings: Mapping[str, Any]) -> str:
     for name in ("model", "ref", "prompt", "seed", "device", "dtype"):
         if name in settings:
             words += [f"--{name}", str(settings[name]).removeprefix("torch.")]
+    for lora in settings.get("loras", []):
+        words += ["--lora", str(lora)]
+    if settings.get("label"):
+        words += ["--label", str(settings["label"])]
     if "clip" not in settings:  # text to video has a flag for each option
-        for name in ("height", "width", "frames", "steps", "sampler", "shift", "cfg", "negative", "vae_tile"):
+        for name in ("height", "width", "frames", "steps", "sampler", "shift", "cfg", "negative", "vae_tile", "key"):
             if settings.get(name) is not None:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
         return shlex.join(words)
