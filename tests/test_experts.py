@@ -173,9 +173,9 @@ def test_experts_of_two_sizes_are_refused(originals):
 def test_methods_that_hook_blocks_refuse_two_experts_and_shared_tokens(originals):
     """Their hooks would see the high-noise expert alone, or a part of the tokens."""
     high = load_dit(originals[0], **FP32)
-    check_one_transformer(high, "moft")
-    with pytest.raises(UserError, match="moft reads the blocks of one transformer"):
-        check_one_transformer(Experts(high, load_dit(originals[1], **FP32), 0.875), "moft")
+    check_one_transformer(high)
+    with pytest.raises(UserError, match="reads the blocks of one transformer"):
+        check_one_transformer(Experts(high, load_dit(originals[1], **FP32), 0.875))
     latents, text = torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, high.config.text_dim)
     high.ranks = SimpleNamespace(name="cfg,sequence")
     with pytest.raises(UserError, match="needs all tokens in each process, got --parallel cfg,sequence"):

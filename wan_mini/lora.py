@@ -192,9 +192,7 @@ def load_adapters(path: Path, base: Collection[str]) -> tuple[dict[str, Tensor],
             settings = parse_json(metadata["settings"], str(path))
             trained_beside = json.loads(metadata["base"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-    except UserError:
-        raise
-    except (SafetensorError, KeyError, ValueError) as problem:
+    except (SafetensorError, KeyError, json.JSONDecodeError) as problem:
         raise UserError(f"{path} holds no adapters ({problem}): give a file that --save has written") from None
     if trained_beside != sorted(base):
         raise UserError(f"{path} was trained beside other weights than these: give --model the folder it belongs to")

@@ -29,19 +29,19 @@ from PIL import Image
 from torch import Tensor
 
 from wan_mini.config import TIME_STRIDE, latent_frames, latent_shape, valid_frames
-from wan_mini.device.select import DTYPES, exact_float32, pick_device, pick_dtype
+from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
 from wan_mini.json_file import parse_json
 from wan_mini.load import Wan, load_wan
-from wan_mini.pipeline import SamplingConfig
+from wan_mini.pipeline import SamplingConfig, encode
 from wan_mini.prompts import encode_prompts
 from wan_mini.runs.cli import Parser, add_common_flags, run, seed_number, with_options
 from wan_mini.runs.folder import read_preset
 from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.demo import CHECKPOINT
-from wan_mini.video import EXIF_IMAGE_DESCRIPTION, MIN_FRAMES, read_video, to_tensor
+from wan_mini.video import EXIF_IMAGE_DESCRIPTION, MIN_FRAMES, read_video
 
 STEPS = 25
 RATE = 1e-6  # the mark counts as found below this false-positive rate
@@ -134,7 +134,7 @@ class Verifier:
         self.original = original
         self.device = device
         motion = read_preset(wan.folder).get("motion", {})
-        own = {name: motion[name] for name in ("shift",) if name in motion}
+        own = {"shift": motion["shift"]} if "shift" in motion else {}
         shift = with_options(SamplingConfig(), own, f"{wan.folder}/motion.json: motion").shift
         self.scheduler = FlowEuler(STEPS, shift)
         self.text = encode_prompts(wan, [""], device)[0]
@@ -142,9 +142,7 @@ class Verifier:
     @torch.no_grad()
     def estimate(self, view: View) -> Tensor:
         """The noise (1,16,G,h,w) that a view of the clip seems to come from."""
-        with exact_float32(self.device):
-            video = to_tensor(view.of(self.frames)).to(self.device)  # (T,H,W,3) -> (1,3,T,H,W)
-            latents = self.wan.vae.encode(video)
+        latents = encode(self.wan.vae, view.of(self.frames))  # (T,H,W,3) -> (1,16,G,h,w)
         return invert(self.wan.dit, latents, self.text, self.scheduler).cpu()
 
     def matches(self, view: View, seeds: Sequence[int], key: str) -> Iterator[Match]:

@@ -1,6 +1,6 @@
 """A forest plot as SVG: a row for each setting, with the interval of its difference from another."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -40,16 +40,7 @@ def forest(effects: Sequence[Effect], *, title: str, x_title: str, columns: Sequ
         if effect.base != last:
             parts.append(line((20, y - ROW / 2), (WIDTH - 20, y - ROW / 2), "#dddddd"))
         last = effect.base
-        parts.append(text(LEFT - 16, y + 5, effect.name, "end", 14))
-        for column, cell in enumerate(effect.cells):
-            parts.append(text(column_at(column), y + 5, cell, size=14))
-        if effect.name == effect.base:
-            parts.append(f'<circle cx="{at(0):.1f}" cy="{y}" r="5" fill="#ffffff" stroke="{DARK}" stroke-width="2"/>')
-        elif effect.difference is not None:
-            mean, least, most = effect.difference
-            color = GRAY if least <= 0 <= most else BLUE
-            parts.append(line((at(least), y), (at(most), y), color, width=3))
-            parts.append(f'<circle cx="{at(mean):.1f}" cy="{y}" r="5" fill="{color}"/>')
+        parts += drawn(effect, y, at)
     parts.append(line((LEFT, bottom), (RIGHT, bottom), DARK))
     for value in ticks(low, high, 0.2):
         parts.append(line((at(value), bottom), (at(value), bottom + 6), DARK))
@@ -62,6 +53,21 @@ def forest(effects: Sequence[Effect], *, title: str, x_title: str, columns: Sequ
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
     ]
     return "\n".join([*head, *parts, "</svg>"]) + "\n"
+
+
+def drawn(effect: Effect, y: float, at: Callable[[float], float]) -> list[str]:
+    """One row: its name, its numbers, and its interval, blue if that excludes 0; a base is a hollow point at 0."""
+    parts = [text(LEFT - 16, y + 5, effect.name, "end", 14)]
+    for column, cell in enumerate(effect.cells):
+        parts.append(text(column_at(column), y + 5, cell, size=14))
+    if effect.name == effect.base:
+        parts.append(f'<circle cx="{at(0):.1f}" cy="{y}" r="5" fill="#ffffff" stroke="{DARK}" stroke-width="2"/>')
+    elif effect.difference is not None:
+        mean, least, most = effect.difference
+        color = GRAY if least <= 0 <= most else BLUE
+        parts.append(line((at(least), y), (at(most), y), color, width=3))
+        parts.append(f'<circle cx="{at(mean):.1f}" cy="{y}" r="5" fill="{color}"/>')
+    return parts
 
 
 def limits(effects: Sequence[Effect]) -> tuple[float, float]:

@@ -108,7 +108,7 @@ def adapt(
     """
     if not trains(config):
         return [], {"gradients": 0}
-    check_one_transformer(wan.dit, "this method")
+    check_one_transformer(wan.dit)
     method = METHODS[name_of(config)]
     if loaded is None:
         saved = read_report(training.path())  # heads keep the labels that they had

@@ -113,12 +113,12 @@ class StreamGuidance(PeerGuidance):
         return stream[0].float().unflatten(0, (self.grid[0], -1))  # (1,N,C) -> (N,C) -> (F,S,C)
 
 
-def check_one_transformer(dit: WanDiT, who: str) -> None:
+def check_one_transformer(dit: WanDiT) -> None:
     """Raises UserError where hooks on blocks would miss a part of the work: of two experts, or of shared-out tokens."""
     if isinstance(dit, Experts):
-        raise UserError(f"{who} reads the blocks of one transformer, and this model has two experts: use Wan 2.1")
+        raise UserError("this method reads the blocks of one transformer, and this model has two experts: use Wan 2.1")
     if "sequence" in dit.ranks.name:
-        raise UserError(f"{who} needs all tokens in each process, got --parallel {dit.ranks.name}: leave it out")
+        raise UserError(f"this method needs all tokens in each process, got --parallel {dit.ranks.name}: leave it out")
 
 
 def stream_before(
@@ -128,7 +128,7 @@ def stream_before(
 
     Raises UserError on block 0, which no block precedes.
     """
-    check_one_transformer(dit, "this method")
+    check_one_transformer(dit)
     if block < 1:
         raise UserError(f"block must be at least 1 to read the stream that enters it, got {block}")
     streams: list[Tensor] = []
