@@ -225,7 +225,8 @@ def test_a_file_gives_the_adapters_back(dit, tmp_path):
         load_adapters(tmp_path / "none", BASE)
     save_file({"x": torch.ones(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
-    for name in ("other", "text"):
+    save_file({"x": torch.ones(1)}, tmp_path / "base.safetensors", {"settings": "{}", "base": "no JSON"})
+    for name in ("other", "text", "base"):
         with pytest.raises(UserError, match="holds no adapters"):
             load_adapters(tmp_path / f"{name}.safetensors", BASE)
     with pytest.raises(UserError, match="hash_files=True"):

@@ -340,6 +340,7 @@ def walking_square():
         ("a.mov", ("-c:v", "qtrle")),
         ("a.mov", ("-c:v", "png")),
         ("a.mov", ("-c:v", "prores_ks", "-profile:v", "4", "-pix_fmt", "yuva444p10le")),
+        ("b.webm", ("-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", "0")),
         ("a.webm", ("-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p", "-cpu-used", "8", "-deadline", "realtime")),
     ],
 )
