@@ -122,6 +122,7 @@ class FastVMT(SavingGuidance):
         self.clean_centers: Tensor | None = None
         self.clean: dict[tuple[int, int, int], tuple[Tensor | None, Target | None]] = {}  # by the first token
         self.choose_tokens(0)
+        self.pair_count = len(self.pairs)  # of the first guided step; with frames_every, others may have one frame less
 
     def choose_tokens(self, phase: int) -> None:
         """Let the guidance see these tokens, all of them by default; phase: see savings.token_subset."""
@@ -206,7 +207,7 @@ class FastVMT(SavingGuidance):
         amf = amf_loss(target.flow, flow, self.pairs, self.config.span, self.config.alpha)
         if windows is None:
             return amf, k.new_zeros(())
-        return amf, window_loss(k, self.grid, self.pairs, windows)
+        return amf, window_loss(k, self.grid, self.pairs, windows, self.config.anchor_every)
 
     def centers(self, q: Tensor, k: Tensor) -> Tensor:
         """Where each tile is found in the other frame (Eq. 1, 4), (pairs,tiles,2) in tokens."""
@@ -232,7 +233,7 @@ class FastVMT(SavingGuidance):
 
     def report(self) -> dict[str, Any]:
         """What the guidance did, for run.json."""
-        report = {"pairs": len(self.pairs), "block": self.block, "recompute": self.recompute, **self.spent()}
+        report = {"pairs": self.pair_count, "block": self.block, "recompute": self.recompute, **self.spent()}
         return {"losses": self.losses, "key_gradient_norms": self.key_gradient_norms, **report}
 
 

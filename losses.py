@@ -24,19 +24,19 @@ def amf_loss(flow_ref: Tensor, flow_gen: Tensor, pairs: list[tuple[int, int]], s
     return (weight * error).mean()
 
 
-def window_loss(k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, int]], windows: Tensor) -> Tensor:
+def window_loss(
+    k: Tensor, grid: tuple[int, int, int], pairs: list[tuple[int, int]], windows: Tensor, every: int = 1
+) -> Tensor:
     """Tracking loss: squared change of a tile's mean window key from one target frame to the next (Eq. 7), per head.
 
     k (1,N,M,D); windows (len(pairs), tiles, keys) of windowed_amf; pairs all of frame_pairs(F, span, every), any order.
     (1/F) sum_i mean_tiles 1/(n_i - 1) sum_t |K_(i->i+t+1) - K_(i->i+t)|^2 / M, n_i the number of targets of anchor i;
-    anchors with n_i < 2 count 0. With fewer anchors, F is the number of frames 0, every, ...
+    anchors with n_i < 2 count 0. every: only frames 0, every, ... are anchors, and F is their number.
     -> scalar, at least float32. Raises ValueError if a pair is missing.
     """
     frames, height, width = grid
     span = max(j - i for i, j in pairs)
     index = {pair: n for n, pair in enumerate(pairs)}
-    anchors = {i for i, _ in pairs}
-    every = sorted(anchors | {frames})[1]  # the second anchor, if there is one
     by_distance = [[(i, i + d) for i in range(0, frames - d, every)] for d in range(1, span + 1)]
     if index.keys() != set(chain.from_iterable(by_distance)):
         raise ValueError(f"window_loss needs all pairs of {frames} frames up to distance {span}, got {pairs}")

@@ -4,6 +4,7 @@ What ffmpeg itself must do (rotation, time stamps, colors, its allow-lists) is i
 """
 
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from wan_mini.errors import UserError
+from wan_mini.ffmpeg import read_comment
 from wan_mini.images import MAX_PIXELS
 from wan_mini.video import read_video, write_video
 
@@ -134,6 +136,37 @@ def test_sound_alone_is_no_clip(film):
     assert "0:V:0" in film.calls()[-1]  # of which ffmpeg leaves covers out, too
     film.set(streams="clip.mp4: Invalid data found when processing input\n")
     refuses(film, "ffmpeg failed .*Invalid data found.*is it a whole video")
+
+
+def test_an_ffmpeg_that_cannot_start_leaves_a_way_on(film, capsys, monkeypatch):
+    """A program of another machine, say: a film is refused in one line, and a result becomes a WebP."""
+    (film.folder / "ffmpeg").write_bytes(b"\x7fELF")
+    monkeypatch.setenv("PATH", str(film.folder))  # where there is no other
+    refuses(film, r"ffmpeg failed \(.*Exec format error.*: install it again")
+    written = write_video(film.folder / "result.mp4", FRAMES[..., :3].copy(), 16)
+    assert written.name == "result.webp" and read_video(written).shape == (9, 32, 48, 3)
+    assert "result.webp instead, because ffmpeg failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("comment", ['{"seed": 7, "prompt": "a=b; #1 \\\\ \\n"}', ""])
+def test_the_comment_of_a_film(film, comment):
+    """As ffmpeg prints metadata: some characters behind a backslash, the comment anywhere among other fields."""
+    escaped = re.sub(r"([=;#\\\n])", r"\\\1", comment)
+    fields = f";FFMETADATA1\nmajor_brand=isom\ncomment={escaped}\nencoder=Lavf\n"
+    film.set(pictures=fields.encode())
+    assert read_comment(film.path) == comment
+    assert "-protocol_whitelist file" in film.calls()[-1] and film.calls()[-1].endswith("-f ffmetadata -")
+
+
+def test_a_film_that_says_nothing_has_no_comment(film):
+    film.set(pictures=b";FFMETADATA1\nencoder=Lavf\n")
+    assert read_comment(film.path) == ""
+    film.set(pictures=b";FFMETADATA1\ncomment=" + b"x" * 2**21)
+    assert read_comment(film.path) == ""  # longer than any that a run writes
+    film.set(pictures=b"", status=1, log="damaged\n")
+    assert read_comment(film.path) == ""
+    (film.folder / "ffmpeg").write_bytes(b"\x7fELF")
+    assert read_comment(film.path) == ""
 
 
 def test_damage_is_refused_with_a_way_on(film):

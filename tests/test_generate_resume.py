@@ -14,6 +14,7 @@ from test_lasting import FullDisk, at_event
 from wan_mini import generate
 from wan_mini.runs.cli import run
 from wan_mini.runs.folder import load_tensors, locked
+from wan_mini.runs.reserved import lock_file
 from wan_mini.scheduler import FlowUniPC
 
 SMALL = ["--height", "32", "--width", "48", "--frames", "5", "--steps", "5", "--seed", "3", "--key", "studio"]
@@ -126,7 +127,8 @@ def test_what_cannot_go_on_says_why(runs, whole, capsys):
     assert "--resume does not use --seed: leave it out" in capsys.readouterr().err
     assert run(generate.program, [*runs.model, "--resume", str(out), "--prompt", "a"]) == 2
     assert "give either --prompt or --decode, or --resume" in capsys.readouterr().err
-    with locked(out.with_suffix(".safetensors")):
+    lock_file(out).touch()
+    with locked(lock_file(out)):
         assert runs.resume(out) == 2
     assert "is of a run that is still going" in capsys.readouterr().err
     tensors, settings = load_tensors(state)

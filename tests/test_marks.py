@@ -10,8 +10,10 @@ from PIL import Image
 from safetensors import safe_open
 
 from fastvmt import main
+from wan_mini import generate
 from wan_mini.errors import UserError
 from wan_mini.generate import program as generate_program
+from wan_mini.runs import program
 from wan_mini.runs.cli import run
 from wan_mini.runs.label import with_label
 from wan_mini.runs.provenance import GENERATED
@@ -85,3 +87,14 @@ def test_the_label_is_in_its_corner():
     assert with_label(frames, "") is frames
     with pytest.raises(UserError, match=r"--label needs a text that fits into 128x96 pixels, got 'w"):
         with_label(frames, "w" * 100)
+
+
+def test_a_label_that_does_not_fit_is_refused_before_a_model_is_loaded(folder, capsys, monkeypatch):
+    monkeypatch.setattr(program, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(generate, "load_wan", lambda *_, **__: pytest.fail("weights were loaded"))
+    wide = ["--label", "w" * 200]
+    assert main([*wide, "--device", "cpu"]) == 2
+    assert "--label needs a text that fits into 192x128 pixels" in capsys.readouterr().err
+    command = ["--model", str(folder), "--prompt", "a cat", "--out", "x.webp", "--device", "cpu"]
+    assert run(generate.program, [*command, *wide]) == 2
+    assert "--label needs a text that fits into 832x480 pixels" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from wan_mini.runs.journal import Journal
 from wan_mini.savings import (
     SavedVelocity,
     SavingsConfig,
+    flow_flops,
     guidance_cost,
     pair_count,
     passes_at,
@@ -34,7 +35,7 @@ from wan_mini.savings import (
 )
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.world import make_clip
-from window import frame_pairs
+from window import dense_amf, frame_pairs, windowed_amf
 
 SMALL = MotionConfig(steps=4, shift=3.0, cfg=4.0, negative="", guidance_fraction=1.0, optim_steps=4, lr=(0.02, 0.005))
 SMALL = replace(SMALL, tau=3.0, tile=(2, 3), window=3)
@@ -191,7 +192,7 @@ def test_a_linear_loss_makes_reuse_exact():
 # Fewer anchors.
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, 9])
+@pytest.mark.parametrize("every", [1, 2, 3, 6, 9])
 def test_fewer_anchors(every):
     """Pairs by their definition, and the window loss by Eq. 7's double sum over the anchors there are."""
     pairs = frame_pairs(7, 3, every)
@@ -207,7 +208,7 @@ def test_fewer_anchors(every):
             now, before = (frames[f][windows[pairs.index((i, f))]].mean(1) for f in (j, j - 1))  # (tiles,M,D)
             expected += (now - before).square().sum((1, 2)).mean() / 2 / (len(targets) - 1)
     expected /= math.ceil(7 / every)
-    torch.testing.assert_close(window_loss(k, (7, 2, 3), pairs, windows), torch.as_tensor(expected))
+    torch.testing.assert_close(window_loss(k, (7, 2, 3), pairs, windows, every), torch.as_tensor(expected))
 
 
 def test_noise_levels_in_the_wrong_order_are_refused():
@@ -337,6 +338,27 @@ def test_operations_of_some_tokens():
     assert gradient - alone[1] == 2 * (forward - alone[0]) == 2 * 2 * 84 * 64 * 96
 
 
+@pytest.mark.parametrize(("amf", "products"), [("windowed", 3), ("dense", 4)])
+def test_operations_of_a_motion_flow(amf, products):
+    """Dense flow makes its logits again in the backward pass; a window keeps its softmax."""
+    grid, pairs = (3, 4, 6), frame_pairs(3, 2)
+    logits = flow_flops(DIT, grid, 2, 1)
+    one = replace(SMALL, amf=amf, span=2, steps=1, optim_steps=1, interval=1)
+    cost = guidance_cost(one, DIT, 2, grid)
+    assert cost.gradients == 1 and cost.flow == (1 + products) * logits  # the reference's, and one gradient
+    q, k = (torch.randn(1, 72, DIT.num_heads, DIT.dim // DIT.num_heads, requires_grad=True) for _ in range(2))
+    flow = {"dense": dense_amf, "windowed": partial(windowed_amf, tile=(2, 2), window=2)}[amf]
+    centers = {"dense": {}, "windowed": {"centers": torch.full((3, 6, 2), 2.0)}}[amf]
+
+    def gradient():
+        result = flow(q, k, grid, pairs, **centers)
+        (result if amf == "dense" else result[0]).square().sum().backward()
+
+    keys = {"dense": 24, "windowed": 4}[amf]
+    means = 2 * len(pairs) * 24 * keys * 2  # softmax x coordinates: rows and columns
+    assert counted(gradient) == products * logits + 2 * means  # those: forward, and once backward
+
+
 def test_what_a_run_reports_is_what_was_planned(wan, clip):
     """The operations of what happened are those of --dry-run, where nothing depends on the data."""
     whole = forward_flops(wan.dit.config, 96)
@@ -407,6 +429,14 @@ def test_a_run_that_goes_on_is_one_that_did_not_stop(wan, clip, tmp_path, option
     again = run(journal=Stops(tmp_path / "state.safetensors", {}, {}, every=0))
     assert steps == [1, 2, 3, 4]
     assert torch.equal(again.latents, whole.latents) and again.report == whole.report
+
+
+def test_pairs_of_a_report_are_those_of_the_first_guided_step(wan):
+    """Of five latent frames, every second are three or two: where a run is resumed must not be seen."""
+    latents, text = torch.randn(1, 16, 5, 8, 12), torch.randn(1, 64, 16)
+    guidance = FastVMT(wan.dit, latents, latents, text, text, replace(SMALL, frames_every=2))
+    guidance.choose_tokens(1)
+    assert len(guidance.pairs) == 1 and guidance.report()["pairs"] == 3
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from PIL import Image
 
 from wan_mini import verify as verify_module
 from wan_mini.config import frames_of
+from wan_mini.ffmpeg import is_installed
 from wan_mini.generate import program as generate_program
 from wan_mini.noise import start_noise
 from wan_mini.pipeline import denoise
@@ -239,6 +240,15 @@ def test_claims_are_read_and_checked(tmp_path):
     for seed in (-(2**63), -1, 2**64 - 1):  # all that a run takes
         assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": seed})) == {"seed": seed}
     assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": 1, "frames": 10**9})) == {"seed": 1}
+    label = {"seed": 1, "key": "mine", "clip": {"frames": 2**10, "height": 2**9, "width": 2**9}}
+    own = {"seed": 1, "key": "mine"}
+    assert read_claim(write_video(tmp_path / "b.webp", frames, 16, label)) == own | label["clip"]
+    label["clip"]["width"] += 1  # nobody may ask for as much memory by a few bytes
+    assert read_claim(write_video(tmp_path / "b.webp", frames, 16, label)) == own
+    if is_installed():
+        own["key"] = "a=b;\n#"  # which ffmpeg writes behind backslashes
+        assert read_claim(write_video(tmp_path / "b.mp4", frames, 16, own)) == own
+        (tmp_path / "b.mp4").unlink()
     (tmp_path / "run.json").write_text(json.dumps({"seed": 3}))
     assert read_claim(tmp_path / "b.mp4") == {"seed": 3}
     (tmp_path / "run.json").write_text("[" * 100_000)

@@ -27,6 +27,7 @@ TIME_LIMIT = 60.0  # seconds without a picture
 # Alpha lies in a second stream, which ffmpeg's own decoders of these leave out.
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 LONGEST_ARGUMENT = 100_000  # bytes; Linux passes on 131,071, Windows 32,767 of a whole command
+LONGEST_METADATA = 2**20  # characters of a video's metadata that are read
 HDR = ("smpte2084", "arib-std-b67")  # transfer functions: PQ and HLG
 
 
@@ -61,7 +62,8 @@ def read_frames(path: Path, fps: float | None) -> Iterator[Image.Image]:
 
 def _decode(path: Path, command: list[str]) -> Iterator[Image.Image]:
     with tempfile.TemporaryFile() as log:  # a pipe that nobody reads would fill up and stop ffmpeg
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
+        with _able_to_start(command):
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log)
         assert process.stdout is not None
         try:
             while True:
@@ -105,7 +107,8 @@ def describe_picture(path: Path) -> str:
     """
     command = ["ffmpeg", "-hide_banner", *_input_options(), "-i", str(path.absolute())]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT)
+        with _able_to_start(command):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT)
     except subprocess.TimeoutExpired:
         raise UserError(f"ffmpeg found no picture in {path} within {TIME_LIMIT:g} seconds: is it whole?") from None
     log = done.stderr.decode(errors="replace")
@@ -161,6 +164,22 @@ def _read_pam(path: Path, stream: IO[bytes]) -> Image.Image | None:
     return Image.frombytes("RGBA", size, pixels)
 
 
+def read_comment(path: Path) -> str:
+    """The comment in a video's metadata, where a run keeps its settings; "" if there is none, or it cannot be read."""
+    command = ["ffmpeg", "-v", "error", "-nostdin", *_input_options(), "-i", str(path.absolute())]
+    command += ["-f", "ffmetadata", "-"]
+    try:
+        with _able_to_start(command):
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=TIME_LIMIT)
+    except (FfmpegFailed, subprocess.TimeoutExpired):
+        return ""
+    text = done.stdout.decode(errors="replace")
+    comment = re.search(r"^comment=((?:[^\\\n]|\\[\s\S])*)", text[:LONGEST_METADATA], re.MULTILINE)
+    if comment is None or len(text) > LONGEST_METADATA:
+        return ""
+    return re.sub(r"\\([\s\S])", r"\1", comment[1])
+
+
 def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
     """Encode frames (T, H, W, 3) uint8 as H.264; an odd last row or column is dropped.
 
@@ -178,7 +197,8 @@ def write_mp4(path: Path, frames: np.ndarray, fps: float, comment: str) -> None:
             inputs = ["-f", "ffmetadata", "-i", str(file)]
             tags = ["-map_metadata", "1"]
         command = encode_command(path, f"{width}x{height}", fps, tags, inputs)
-        process = subprocess.run(command, input=pixels, capture_output=True)
+        with _able_to_start(command):
+            process = subprocess.run(command, input=pixels, capture_output=True)
     finally:
         file.unlink(missing_ok=True)
     if process.returncode != 0:
@@ -201,6 +221,15 @@ def encode_command(path: Path, size: str, fps: float, tags: list[str], inputs: l
     command += ["-vf", "scale=out_color_matrix=bt709"]  # a player guesses the colors of an untagged file
     command += ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
     return [*command, *tags, str(path.absolute())]
+
+
+@contextmanager
+def _able_to_start(command: list[str]) -> Iterator[None]:
+    """Raises FfmpegFailed if there is an ffmpeg that the system cannot run, such as one of another machine."""
+    try:
+        yield
+    except OSError as error:
+        raise _ffmpeg_failed(command, str(error).encode(), f"install it again ({INSTALL}), or ") from None
 
 
 def _ffmpeg_failed(command: list[str], log: bytes, mend: str = "") -> FfmpegFailed:

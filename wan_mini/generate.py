@@ -52,7 +52,7 @@ from wan_mini.runs.finish import decode_saved, read_saved
 from wan_mini.runs.folder import check_room, load_tensors, public_label, save_latents
 from wan_mini.runs.generation import PROGRAM, SAMPLERS, GenerateConfig, Order, order_of, preset
 from wan_mini.runs.journal import Journal
-from wan_mini.runs.label import add_label_flag, with_label
+from wan_mini.runs.label import add_label_flag, label_box, with_label
 from wan_mini.runs.provenance import package_version, versions
 from wan_mini.runs.report import write_report
 from wan_mini.runs.reserved import LATENTS, OUTPUTS, STATE, reserved, state_file
@@ -149,6 +149,7 @@ def start(args: Namespace, device: torch.device) -> None:
     if (clip.height, clip.width, clip.frames) != (args.height, args.width, args.frames):
         asked = f"{args.frames} frames of {args.width}x{args.height}"
         print(f"note: {asked} become {clip.frames} of {clip.width}x{clip.height}")
+    label_box(args.label, height, width)  # refused now, not after the run
     latents = 4 * math.prod(latent_shape(clip.frames, height, width))
     check_room(args.out.parent, 2 * latents, clip.frames * height * width * 3)  # a sampler keeps as much again
     names = field_names(GenerateConfig())

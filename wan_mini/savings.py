@@ -171,6 +171,7 @@ def guidance_cost(
         planned = math.ceil(config.optim_steps / config.interval)
         counts = [(planned, planned)] * math.ceil(guided / config.gradient_every)
     span = thinned(config).span
+    products = 4 if config.amf == "dense" else 3  # a forward's, its two in the backward, and dense flow's made again
     flops = flow = 0
     read = set()
     for number, (losses, gradients) in enumerate(counts):
@@ -181,7 +182,7 @@ def guidance_cost(
         forwards = losses - gradients + reads_reference
         logits = flow_flops(dit, subset.grid, span, config.anchor_every)
         flops += forwards * forward + gradients * gradient
-        flow += (forwards + 3 * gradients) * logits  # each product of a forward has two in the backward pass
+        flow += (forwards + products * gradients) * logits
     return Cost(sum(gradients for _, gradients in counts), flops, flow)
 
 

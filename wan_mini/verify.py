@@ -19,36 +19,31 @@ if __name__ == "__main__":
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from wan_mini.config import TIME_STRIDE, latent_frames, latent_shape, valid_frames
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
-from wan_mini.json_file import parse_json
 from wan_mini.load import Wan, load_wan
 from wan_mini.pipeline import SamplingConfig, encode
 from wan_mini.prompts import encode_prompts
+from wan_mini.runs.claim import CLAIMS, read_claim
 from wan_mini.runs.cli import Parser, add_common_flags, run, seed_number, with_options
 from wan_mini.runs.folder import read_preset
 from wan_mini.runs.provenance import package_version
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.demo import CHECKPOINT
-from wan_mini.video import EXIF_IMAGE_DESCRIPTION, MIN_FRAMES, read_video
+from wan_mini.video import MIN_FRAMES, read_video
 
 STEPS = 25
 RATE = 1e-6  # the mark counts as found below this false-positive rate
 SEEDS = 1000  # that are tried where none is given
-CLAIMS = ("seed", "key", "frames", "height", "width")  # what a clip's metadata may say of its original
-SEED_RANGE = (-(2**63), 2**64)  # as --seed takes them
-LONGEST = 10_000  # frames or pixels that a claim may name
 
 
 class View(NamedTuple):
@@ -175,34 +170,6 @@ class Verifier:
 def log10_rate(z: float, tries: int) -> float:
     """log10 of a bound on the chance that any of so many tries gives z or more without the mark."""
     return min(0.0, log10_tail(z) + math.log10(tries))
-
-
-def read_claim(clip: Path) -> dict[str, Any]:
-    """What a clip says about itself, in its own metadata (WebP) or in the run.json beside it; {} where it is silent."""
-    texts = []
-    if clip.suffix == ".webp" and clip.is_file():
-        with Image.open(clip) as file:
-            texts.append(file.getexif().get(EXIF_IMAGE_DESCRIPTION, ""))
-    record = clip.parent / "run.json"
-    if record.is_file():
-        texts.append(record.read_text(encoding="utf-8", errors="replace"))
-    for text in texts:
-        claim = {}
-        with suppress(ValueError, TypeError):
-            label = parse_json(text, str(clip))
-            claim = {**label, **label.get("config", {}), **label.get("clip", {})}
-        known = {name: claim[name] for name in CLAIMS if name in claim and _is_sound(name, claim[name])}
-        if "seed" in known:
-            return known
-    return {}
-
-
-def _is_sound(name: str, value: object) -> bool:
-    """Whether a claim, which anybody may have written, has a type and size to work with."""
-    if name == "key":
-        return isinstance(value, str)
-    low, high = SEED_RANGE if name == "seed" else (0, LONGEST)
-    return type(value) is int and low <= value < high
 
 
 def parser() -> Parser:

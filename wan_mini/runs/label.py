@@ -22,16 +22,25 @@ def with_label(frames: np.ndarray, text: str) -> np.ndarray:
     if not text:
         return frames
     height, width = frames.shape[1:3]
+    box = label_box(text, height, width)
+    labeled = frames.copy()
+    labeled[:, height - box.height :, : box.width] = np.asarray(box)  # (h,w,3) over (T,h,w,3)
+    return labeled
+
+
+def label_box(text: str, height: int, width: int) -> Image.Image:
+    """A text, white on black, as large as frames of this size have it. Raises UserError if it does not fit into them.
+
+    A program draws it before it computes anything, so that no run ends with a label that does not fit.
+    """
     size = max(10, height // SHARE)
     font = ImageFont.load_default(size)
     left, top, right, bottom = (int(edge) for edge in font.getbbox(text))
     margin = size // 3
-    box = (right - left + 2 * margin, bottom - top + 2 * margin)  # width, height
-    if box[0] > width or box[1] > height:
+    box = Image.new("RGB", (right - left + 2 * margin, bottom - top + 2 * margin), "black")
+    if box.width > width or box.height > height:
         needed = f"a text that fits into {width}x{height} pixels"
-        raise UserError(f"--label needs {needed}, got {text!r}, which takes {box[0]}x{box[1]}: choose a shorter one")
-    image = Image.new("RGB", box, "black")
-    ImageDraw.Draw(image).text((margin - left, margin - top), text, fill="white", font=font)
-    labeled = frames.copy()
-    labeled[:, height - box[1] :, : box[0]] = np.asarray(image)  # (h,w,3) over (T,h,w,3)
-    return labeled
+        got = f"{text!r}, which takes {box.width}x{box.height}"
+        raise UserError(f"--label needs {needed}, got {got}: choose a shorter one")
+    ImageDraw.Draw(box).text((margin - left, margin - top), text, fill="white", font=font)
+    return box

@@ -24,7 +24,7 @@ from wan_mini.lora_files import LoraFile, add_lora_flag, parse_loras
 from wan_mini.pipeline import SamplingConfig, Transfer
 from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, parse_pairs, seed_number, with_options
 from wan_mini.runs.folder import RECORD, read_preset, remove_states
-from wan_mini.runs.label import add_label_flag
+from wan_mini.runs.label import add_label_flag, label_box
 from wan_mini.runs.provenance import package_version
 from wan_mini.tiny import demo
 
@@ -207,6 +207,7 @@ def request_of(
         prompt = demo.target_scene().caption if prompt is None else prompt
     if ref is None or prompt is None:
         raise UserError("a transfer needs --ref CLIP and --prompt TEXT (see --help)")
+    label_box(args.label, clip.height, clip.width)  # refused now, not after the run
     if not prompt.strip():
         print("note: the prompt is empty, so the model chooses what the video shows")
     return Request(

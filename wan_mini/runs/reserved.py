@@ -13,6 +13,11 @@ STATE = ".state.safetensors"
 OUTPUTS = (".mp4", ".webp", ".html")  # without ffmpeg, an mp4 becomes a webp
 
 
+def lock_file(out: Path) -> Path:
+    """What a run holds while it goes: a hidden file of its own, since the others are replaced, and a lock with them."""
+    return out.with_name(f".{out.stem}.lock")
+
+
 def state_file(out: Path) -> Path:
     """Where a run keeps what it has reached, beside the video that it is to write."""
     return out.with_suffix(STATE)
@@ -34,15 +39,19 @@ def reserved(out: Path, *suffixes: str, resumed: bool = False) -> Iterator[None]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         file.touch(exist_ok=resumed)
+        lock_file(out).touch()
     except FileExistsError:
         raise UserError(f"{out.parent} is no folder, or {file} exists already: choose another --out") from None
     except OSError as error:
         raise Unwritable(f"cannot write into {out.parent} ({error.strerror}): choose another --out") from None
     try:
-        with locked(file):
-            if resumed:
-                remove_partial(out.parent, f"{out.stem}.")
-            yield
+        with locked(lock_file(out)):
+            try:
+                if resumed:
+                    remove_partial(out.parent, f"{out.stem}.")
+                yield
+            finally:
+                lock_file(out).unlink(missing_ok=True)
     finally:
         if file.exists() and file.stat().st_size == 0:
             file.unlink()
