@@ -269,6 +269,11 @@ def test_tracks():
     assert tracking_loss(still, positions, visible).item() == pytest.approx((4 + 4) / 6)
     visible[0, 1] = False  # the step into it does not count
     assert tracking_loss(still, positions, visible).item() == pytest.approx(4 / 5)
+    visible[0, 1] = True
+    for place in (-0.5, 8.0):  # outside, above or below: neither the step there nor the one back counts
+        leaves = positions.clone()
+        leaves[0, 2, 0] = place
+        assert tracking_loss(still, leaves, visible).item() == pytest.approx(4 / 4)
     x = torch.randn(1, 1, 4, size, size, requires_grad=True)
     visible[:] = False
     visible[1] = True

@@ -213,7 +213,8 @@ def test_the_flag_takes_a_strength(tmp_path):
     file.touch()
     assert parse_lora(str(file)) == LoraFile(file, 1.0)
     assert parse_lora(f"{file}:0.8") == LoraFile(file, 0.8)
-    assert str(parse_lora(f"{file}:0.8")) == f"{file}:0.8"
+    for strength in (0.8, 1 / 3, 12.3456789):  # a run that goes on, goes on with the very same
+        assert str(parse_lora(f"{file}:{strength}")) == f"{file}:{strength}"
     for text, pattern in ((f"{file}:much", "FILE:STRENGTH, got"), (f"{file}:nan", "strength from"), ("", "no file")):
         with pytest.raises(UserError, match=pattern):
             parse_lora(text)
@@ -230,7 +231,12 @@ def test_a_lora_among_the_checkpoints_files_is_no_part_of_it(folder, tmp_path):
     again = load_wan(tmp_path / "model", device="cpu", dtype=torch.float32)
     assert again.hashes == plain.hashes and torch.equal(again.dit.head.head.weight, plain.dit.head.head.weight)
     styled = load_wan(tmp_path / "model", device="cpu", dtype=torch.float32, loras=[LoraFile(lora)])
-    assert styled.hashes.keys() - plain.hashes.keys() == {"style.safetensors"}
+    assert styled.hashes.keys() - plain.hashes.keys() == {"lora 1: style.safetensors"}
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "style.safetensors"
+    save_file(peft(matrices(plain.dit.state_dict(), LINEAR[2:3])), other)
+    both = load_wan(tmp_path / "model", device="cpu", dtype=torch.float32, loras=[LoraFile(lora), LoraFile(other)])
+    assert both.hashes.keys() - styled.hashes.keys() == {"lora 2: style.safetensors"}
     assert not torch.equal(styled.dit.blocks[0].self_attn.q.weight, plain.dit.blocks[0].self_attn.q.weight)
     assert "dit" not in read_checkpoint(lora).parts
 

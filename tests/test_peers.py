@@ -374,31 +374,33 @@ def test_the_ramp():
     assert [ramp(index, 3) for index in range(3)] == [1.0] * 3
 
 
-def test_the_score_update_shifts_what_a_step_arrives_at(wan, clip):
+@pytest.mark.parametrize(("steps", "guided"), [(4, 2), (10, 10)])
+def test_the_score_update_shifts_what_a_step_arrives_at(wan, clip, steps, guided):
     """x' - weight ramp sigma sigma' gradient, by a plain loop; with weight 0 plain sampling to the bit."""
-    config = MotionCloneConfig(**SMALL, update="score", score_weight=1e6)
+    options = SMALL | {"steps": steps, "guidance_fraction": guided / steps}
+    config = MotionCloneConfig(**options, update="score", score_weight=1e6)
     result = transfer(wan, clip, "a ball", config)
     still = transfer(wan, clip, "a ball", replace(config, score_weight=0.0))
     plain = transfer(wan, clip, "a ball", unguided(config))
     assert torch.equal(still.latents, plain.latents) and not torch.equal(result.latents, plain.latents)
-    assert result.report["gradients"] == 2 and plain.report["gradients"] == 0
+    assert result.report["gradients"] == guided and plain.report["gradients"] == 0
     text, negative, empty = encode_prompts(wan, ["a ball", "a dog", ""], CPU)
     with torch.no_grad():
         z_ref = wan.vae.encode(torch.from_numpy(clip).movedim(-1, 0)[None].float() / 127.5 - 1)
     noise = torch.randn(z_ref.shape, generator=torch.Generator().manual_seed(0))
     guidance = MotionClone(wan.dit, z_ref, noise, text, empty, config)
-    scheduler = FlowEuler(4, 3.0)
+    scheduler = FlowEuler(steps, 3.0)
     x = noise
     for index, t in enumerate(scheduler.timesteps):
         sigma, after = scheduler.sigmas[index], scheduler.sigmas[index + 1]
         gradient = 0
-        if index < 2:
+        if index < guided:
             y = x.clone().requires_grad_()
             loss = guidance.loss(y, t, guidance.target_at(sigma, t))
             (gradient,) = torch.autograd.grad(loss, y)
         with torch.no_grad():
             x = scheduler.step(index, x, guided_velocity(wan.dit, x, t, text, negative, 4.0))
-        x = x - 1e6 * sigma * after * gradient
+        x = x - 1e6 * ramp(index, guided) * sigma * after * gradient
     assert torch.allclose(result.latents, x, atol=1e-4)
 
 

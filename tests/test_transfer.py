@@ -14,6 +14,7 @@ from wan_mini import generate as generate_module
 from wan_mini import prompts
 from wan_mini.device.offload import on_device
 from wan_mini.device.timing import StageTimer
+from wan_mini.errors import UserError
 from wan_mini.generate import generate
 from wan_mini.load import Wan
 from wan_mini.prompts import encode_prompts
@@ -54,6 +55,11 @@ def test_it_is_the_same_loop_for_every_choice(wan, clip, reference, changes):
     latents, losses, _ = by_hand.transfer(wan, clip, PROMPT, config, seed=SEED)
     result = transfer(wan, clip, PROMPT, config, seed=SEED)
     assert torch.equal(result.latents, latents) and result.report["losses"] == losses
+
+
+def test_one_frame_is_no_motion(wan, clip):
+    with pytest.raises(UserError, match="motion needs a clip of at least 5 frames, got 1: give a longer one"):
+        transfer(wan, clip[:1], PROMPT, SMALL, seed=SEED)
 
 
 def test_each_stored_flow_is_of_its_own_clip(wan, clip):

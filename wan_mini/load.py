@@ -112,8 +112,8 @@ def load_wan(
         if hasher is not None:
             for file, digest in sorted(hasher.digests.items()):
                 hashes[file.relative_to(checkpoint.path).as_posix()] = digest
-            for lora in loras:
-                hashes[lora.path.name] = sha256_file(lora.path)
+            for number, lora in enumerate(loras, start=1):  # two of them may have one name
+                hashes[f"lora {number}: {lora.path.name}"] = sha256_file(lora.path)
 
     for kind, module in modules.items():
         if on_demand:

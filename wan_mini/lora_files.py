@@ -39,7 +39,7 @@ class LoraFile(NamedTuple):
 
     def __str__(self) -> str:
         """As the flag takes it."""
-        return f"{self.path.resolve()}:{self.strength:g}"
+        return f"{self.path.resolve()}:{self.strength}"
 
 
 @dataclass

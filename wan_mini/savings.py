@@ -119,7 +119,8 @@ class TokenSubset(NamedTuple):
 def token_subset(grid: Grid, frames: int, side: int, phase: int) -> TokenSubset:
     """Every `frames`-th latent frame, every `side`-th row and column of a token grid.
 
-    phase: 0, 1, ...: where they begin, in turn, so that all tokens are in one of frames * side^2 subsets.
+    phase: 0, 1, ...: where they begin, in turn. All tokens are in one of frames * side^2 subsets, but for those of
+    middle frames if a clip has fewer than 2 * frames of them: a subset needs two frames.
     Raises UserError if there are not two latent frames, one row and one column left.
     """
     if frames == side == 1:

@@ -26,6 +26,7 @@ from wan_mini.pipeline import (
 )
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
+from wan_mini.video import check_motion
 
 
 class MotionGuidance(Guidance, Protocol):
@@ -110,6 +111,7 @@ def transfer_with(
     device: where `wan` works (where it is). offload_blocks: keep there only blocks at work. recompute: of dit.RECOMPUTE
     (the least that fits). on_latents gets the undecoded result. Raises UserError on wrong sizes, FloatingPointError.
     """
+    check_motion(clip)
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
         prompts = [prompt, config.negative, ""]

@@ -49,7 +49,7 @@ def det_fidelity(predicted: np.ndarray, true: np.ndarray, size: tuple[int, int])
     """DeT's hybrid: half of it the best cosine with the start as a first step, half 1 / (1 + mean distance).
 
     size: height and width in pixels, by which positions are divided. The distance is the mean over all pairs of frames
-    of all pairs of matched tracks, which DeT calls Frechet distance, though it is none.
+    of all pairs of matched tracks, which DeT calls Frechet distance, though it is none. NaN if a track rests.
     """
     height, width = size
     a = predicted.real / width + 1j * predicted.imag / height

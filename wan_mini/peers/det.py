@@ -88,13 +88,17 @@ def tracking_loss(clean: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
     """Mean squared change of a predicted clean clip along tracks -> ().
 
     clean (1,16,F,h,w); positions (P,F,2) rows and columns in latents, rounded down; visible (P,F) bool: a step counts
-    if its end is visible. There is no comparison with the truth.
+    if its end is visible, and both ends are in the frame. There is no comparison with the truth.
     """
     frames = torch.arange(clean.shape[2], device=clean.device)
-    rows, columns = positions.floor().long().unbind(-1)  # (P,F) each
+    last = torch.tensor(clean.shape[3:], device=clean.device) - 1
+    places = positions.floor().long()
+    inside = ((places >= 0) & (places <= last)).all(-1)  # (P,F,2) -> (P,F)
+    rows, columns = places.clamp(min=torch.zeros_like(last), max=last).unbind(-1)  # (P,F) each
     along = clean[0][:, frames, rows, columns]  # (16,F,h,w) -> (16,P,F)
     squares = along.diff(dim=-1).square().mean(0)  # -> (P,F-1)
-    return (squares * visible[:, 1:]).sum() / visible[:, 1:].sum().clamp(min=1)
+    counts = visible[:, 1:] & inside[:, 1:] & inside[:, :-1]
+    return (squares * counts).sum() / counts.sum().clamp(min=1)
 
 
 def tracked_loss(

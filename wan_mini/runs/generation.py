@@ -9,7 +9,7 @@ import torch
 
 from wan_mini.config import ClipConfig
 from wan_mini.device.select import DTYPES
-from wan_mini.errors import UserError, check_positive, check_range
+from wan_mini.errors import UserError, check_choice, check_positive, check_range
 from wan_mini.experts import A14B
 from wan_mini.lora_files import LoraFile, parse_loras
 from wan_mini.pipeline import check_vae_tile
@@ -37,6 +37,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, MAX_STEPS)
+        check_choice("sampler", self.sampler, SAMPLERS)
         check_positive("shift", self.shift)
         check_range("cfg", self.cfg)
         check_vae_tile(self.vae_tile)
