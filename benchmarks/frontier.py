@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 import fastvmt
-from benchmarks.metrics.points import Point, add_flags, difference_text, mean_text, paired, run_points, values_of
-from benchmarks.metrics.rows import Row
+from benchmarks.metrics.points import Point, add_flags, mean_text, run_points
+from benchmarks.metrics.rows import Row, difference_text, paired, values_of
 from benchmarks.metrics.scatter import Mark, scatter
 from wan_mini.config import T2V_1_3B, T2V_14B, TINY, DiTConfig, token_grid
 from wan_mini.device import flops

@@ -24,12 +24,9 @@ from benchmarks.frontier import (
 from benchmarks.metrics.points import (
     MEASURES,
     Point,
-    difference_text,
-    paired,
     settings_of_point,
-    values_of,
 )
-from benchmarks.metrics.rows import append_rows, read_rows
+from benchmarks.metrics.rows import append_rows, difference_text, paired, read_rows, values_of
 from benchmarks.metrics.scatter import Mark, label_positions, ticks
 from benchmarks.metrics.scatter import frontier as undominated
 from benchmarks.studies.program import table as study_table

@@ -19,14 +19,11 @@ from benchmarks.metrics.forest import BLUE, Effect, forest
 from benchmarks.metrics.forest import GRAY as LIGHT
 from benchmarks.metrics.points import (
     MEASURES,
-    difference_text,
     first_frames,
-    paired,
     reduced,
     settings_of_point,
-    values_of,
 )
-from benchmarks.metrics.rows import read_rows
+from benchmarks.metrics.rows import difference_text, paired, read_rows, values_of
 from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
 from benchmarks.studies.blocks import BlocksConfig, SeveralBlocks
 from benchmarks.studies.clips import CUT, GRAY, OCCLUDER, frames_at, occluded, played, with_cut

@@ -191,10 +191,21 @@ def test_ranks_are_over_the_clips_that_all_have():
     assert ranks(rows[1:3]) == [] and ranks([]) == []
 
 
+def test_a_table_compares_clip_by_clip_and_counts_them():
+    """A method with fewer clips is compared on those; a measure that one of its clips lacks says so."""
+    rows = [row_of("fastvmt", "1", 0.5, 10), row_of("fastvmt", "2", 0.7, 10), row_of("moft", "2", 0.8, 10)]
+    rows += [{**row_of("moft", "3", 0.0, 10), "published": float("nan")}]
+    (moft,) = table(rows, ["moft"]).splitlines()[2:]
+    cells = moft.split(" | ")
+    assert cells[1:3] == ["2", "+0.10 [+0.10, +0.10]"]
+    assert cells[3 + MEASURES.index("published")] == "0.00 ±0.00 (1)" and "(" not in cells[3 + MEASURES.index("leak")]
+
+
 def test_a_table_has_dashes_where_nothing_was_run(tmp_path):
     rows = [row_of("fastvmt", "1", 0.5, 10), row_of("fastvmt", "2", 0.7, 10)]
     lines = table(rows, ["fastvmt", "moft"]).splitlines()
-    assert lines[2].startswith("| fastvmt | 2 | 0.60 ±") and lines[3] == "| moft | 0 " + "| - " * len(MEASURES) + "|"
+    assert lines[2].startswith("| fastvmt | 2 | +0.00 [+0.00, +0.00] | 0.60 ±")
+    assert lines[3] == "| moft | 0 " + "| - " * (1 + len(MEASURES)) + "|"
     append_rows(iter([{**rows[0], "kind": "single", "jerk": float("nan"), "leak": True}]), tmp_path / "a.csv")
     with (tmp_path / "a.csv").open() as file:
         (cells,) = csv.DictReader(file)

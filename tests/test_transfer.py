@@ -58,7 +58,7 @@ def test_it_is_the_same_loop_for_every_choice(wan, clip, reference, changes):
 
 
 def test_one_frame_is_no_motion(wan, clip):
-    with pytest.raises(UserError, match="motion needs a clip of at least 5 frames, got 1: give a longer one"):
+    with pytest.raises(UserError, match="motion needs two latent frames, got 1: give a clip of 5 frames or more"):
         transfer(wan, clip[:1], PROMPT, SMALL, seed=SEED)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from wan_mini.device.memory import Gradient, choose_recompute
 from wan_mini.device.offload import on_device
 from wan_mini.dit import WanDiT
+from wan_mini.errors import UserError
 from wan_mini.load import Wan
 from wan_mini.pipeline import (
     Guidance,
@@ -26,7 +27,6 @@ from wan_mini.pipeline import (
 )
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
-from wan_mini.video import check_motion
 
 
 class MotionGuidance(Guidance, Protocol):
@@ -58,7 +58,10 @@ class ReferenceGuidance:
         config: Any,
         recompute: str = "none",
     ):
-        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE."""
+        """reference, noise (1,16,F,h,w) latents; text, empty_text (1,L,text_dim); recompute: one of dit.RECOMPUTE.
+
+        Raises UserError if there is one latent frame only.
+        """
         self.dit = dit
         self.reference = reference
         self.noise = noise
@@ -68,6 +71,8 @@ class ReferenceGuidance:
         self.recompute = recompute
         self.block: int = config.block_of(dit)
         self.grid: tuple[int, int, int] = dit.grid(reference)
+        if self.grid[0] < 2:
+            raise UserError(f"motion needs two latent frames, got {self.grid[0]}: give a clip of 5 frames or more")
         self.status: dict[str, str] = {}
         self.losses: list[list[float]] = []  # of each guided step, at each gradient
         self.prepare()
@@ -111,7 +116,6 @@ def transfer_with(
     device: where `wan` works (where it is). offload_blocks: keep there only blocks at work. recompute: of dit.RECOMPUTE
     (the least that fits). on_latents gets the undecoded result. Raises UserError on wrong sizes, FloatingPointError.
     """
-    check_motion(clip)
     device = wan.device if device is None else torch.device(device)
     with timer("text"):
         prompts = [prompt, config.negative, ""]

@@ -61,12 +61,6 @@ def read_video(
     return np.stack(clip[:usable])  # T x (H, W, 3) -> (T, H, W, 3)
 
 
-def check_motion(clip: np.ndarray) -> None:
-    """Raises UserError unless a clip (T, H, W, 3) is long enough to show motion."""
-    if len(clip) < MIN_FRAMES:
-        raise UserError(f"motion needs a clip of at least {MIN_FRAMES} frames, got {len(clip)}: give a longer one")
-
-
 def output_path(path: str | Path) -> Path:
     """The path that `write_video` writes to: an .mp4 becomes a .webp where ffmpeg is absent."""
     path = Path(path)

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 import fastvmt
-from benchmarks.evaluate import bootstrap_interval, clip_seeds
+from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
-from benchmarks.metrics.rows import Row, append_rows, read_rows
+from benchmarks.metrics.rows import Row, append_rows, read_rows, values_of
 from benchmarks.metrics.world import quality
 from benchmarks.table1 import settings_of
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
@@ -142,34 +142,6 @@ def run_points(args: Any, points: Mapping[str, Point]) -> list[Row]:
     chosen = {name: points[name] for name in names}
     append_rows(rows_of(wan, chosen, clip_seeds(args.seed, args.clips), args.split, done), args.csv, MEASURES)
     return read_rows(args.csv, MEASURES)
-
-
-def values_of(rows: Sequence[Row], name: str, measure: str) -> dict[str, float]:
-    """A measure at one point by the clip; without those where it is not defined."""
-    values = {}
-    for row in rows:
-        if row["method"] == name and not np.isnan(row[measure]):
-            values[row["clip"]] = row[measure]
-    return values
-
-
-def paired(rows: Sequence[Row], name: str, base: str, measure: str) -> tuple[float, float, float] | None:
-    """Mean difference of a point from another on the clips of both, and its 95 % interval; None without such clips."""
-    own = values_of(rows, name, measure)
-    others = values_of(rows, base, measure)
-    differences = np.array([own[clip] - others[clip] for clip in own if clip in others])
-    if not len(differences):
-        return None
-    low, high = bootstrap_interval(differences)
-    return float(differences.mean()), low, high
-
-
-def difference_text(difference: tuple[float, float, float] | None) -> str:
-    """A paired difference as it stands in a table."""
-    if difference is None:
-        return "-"
-    mean, low, high = difference
-    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def mean_text(rows: Sequence[Row], name: str, measure: str) -> str:

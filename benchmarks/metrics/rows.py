@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evaluate import mean_with_interval
+from benchmarks.evaluate import bootstrap_interval, mean_with_interval
 from wan_mini.errors import UserError
 
 Row = dict[str, Any]
@@ -79,15 +79,50 @@ def append_rows(rows: Iterator[Row], path: Path, measures: Sequence[str] = MEASU
             print(row["clip"], row["method"], flush=True)
 
 
+def values_of(rows: Sequence[Row], name: str, measure: str) -> dict[str, float]:
+    """A measure at one point by the clip; without those where it is not defined."""
+    values = {}
+    for row in rows:
+        if row["method"] == name and not np.isnan(row[measure]):
+            values[row["clip"]] = row[measure]
+    return values
+
+
+def paired(rows: Sequence[Row], name: str, base: str, measure: str) -> tuple[float, float, float] | None:
+    """Mean difference of a point from another on the clips of both, and its 95 % interval; None without such clips."""
+    own = values_of(rows, name, measure)
+    others = values_of(rows, base, measure)
+    differences = np.array([own[clip] - others[clip] for clip in own if clip in others])
+    if not len(differences):
+        return None
+    low, high = bootstrap_interval(differences)
+    return float(differences.mean()), low, high
+
+
+def difference_text(difference: tuple[float, float, float] | None) -> str:
+    """A paired difference as it stands in a table."""
+    if difference is None:
+        return "-"
+    mean, low, high = difference
+    return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
 def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
-    """Means over all clips with half of a 95 % interval, in Markdown; a dash where nothing was measured."""
+    """Means over all clips with half of a 95 % interval, in Markdown; a dash where nothing was measured.
+
+    A mean over fewer clips than the row has ends with their number: a measure may not be defined for all. The second
+    column is the correlation's paired difference from FastVMT's.
+    """
     chance = dict.fromkeys(row["method"] for row in rows if not row["settings"])
-    lines = ["| method | clips | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    heads = ["method", "clips", "correlation - fastvmt's", *MEASURES]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in [*methods, *chance]:
         group = [row for row in rows if row["method"] == method]
-        cells = [method, str(len(group))]
+        cells = [method, str(len(group)), difference_text(paired(rows, method, "fastvmt", "correlation"))]
         for name in MEASURES:
-            cells.append(mean_with_interval(np.array([row[name] for row in group], dtype=float)))
+            values = np.array([row[name] for row in group], dtype=float)
+            count = np.count_nonzero(~np.isnan(values))
+            cells.append(mean_with_interval(values) + (f" ({count})" if 0 < count < len(group) else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

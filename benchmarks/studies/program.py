@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.metrics.forest import Effect, forest
-from benchmarks.metrics.points import Point, add_flags, difference_text, mean_text, paired, run_points, values_of
-from benchmarks.metrics.rows import Row
+from benchmarks.metrics.points import Point, add_flags, mean_text, run_points
+from benchmarks.metrics.rows import Row, difference_text, paired, values_of
 from wan_mini.runs.cli import Parser
 
 RESULTS = Path(__file__).parent.parent / "results" / "studies"

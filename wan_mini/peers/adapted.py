@@ -36,7 +36,6 @@ from wan_mini.peers.plan import FrameSets
 from wan_mini.pipeline import Journal, Timer, Transfer, decode, denoise, no_timer
 from wan_mini.prompts import encode_prompts
 from wan_mini.scheduler import FlowEuler
-from wan_mini.video import check_motion
 
 
 @torch.no_grad()
@@ -63,7 +62,6 @@ def transfer(
     Other arguments and errors: as for fastvmt.transfer. save: file for the adapters, beside which a stopped training
     waits to go on; load: take those of a file. check: make the reference's own video too, Transfer.others["rebuilt"].
     """
-    check_motion(clip)
     device = wan.device if device is None else torch.device(device)
     config, loaded = read_adapters(wan, config, load)
     with timer("text"):

@@ -92,9 +92,9 @@ def tracking_loss(clean: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
     """
     frames = torch.arange(clean.shape[2], device=clean.device)
     last = torch.tensor(clean.shape[3:], device=clean.device) - 1
-    places = positions.floor().long()
-    inside = ((places >= 0) & (places <= last)).all(-1)  # (P,F,2) -> (P,F)
-    rows, columns = places.clamp(min=torch.zeros_like(last), max=last).unbind(-1)  # (P,F) each
+    whole = positions.floor().long()
+    inside = ((whole >= 0) & (whole <= last)).all(-1)  # (P,F,2) -> (P,F)
+    rows, columns = whole.clamp(min=torch.zeros_like(last), max=last).unbind(-1)  # (P,F) each
     along = clean[0][:, frames, rows, columns]  # (16,F,h,w) -> (16,P,F)
     squares = along.diff(dim=-1).square().mean(0)  # -> (P,F-1)
     counts = visible[:, 1:] & inside[:, 1:] & inside[:, :-1]
