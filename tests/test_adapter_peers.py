@@ -13,6 +13,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.lora import attached
 from wan_mini.peers import det, motiondirector, motioninversion
+from wan_mini.peers.adaptation import training_options
 from wan_mini.peers.det import DeTConfig, TemporalConv, TemporalConvs, tracked_loss, tracking_loss
 from wan_mini.peers.fit import Fit, Prediction, denoising_loss, gradients_of
 from wan_mini.peers.motiondirector import MotionDirectorConfig, debias, debiased_loss
@@ -88,7 +89,7 @@ def test_debiased_velocities():
 
 
 def test_each_pass_of_motiondirector_trains_its_own(dit, text, clips):
-    config = MotionDirectorConfig(rank=4, fit_steps=(0, 2), fit_lr=(0, 1e-2), beta=0.5)
+    config = MotionDirectorConfig(rank=4, fit_steps=(0, 2), fit_lr=(0, 1e-2), beta=0.5, spatial_share=1.0)
     p = motiondirector.plan(dit, clips, text, config, 0)
     (stage,) = p.stages
     still, moving = stage.passes
@@ -109,6 +110,10 @@ def test_each_pass_of_motiondirector_trains_its_own(dit, text, clips):
     assert moving.loss(q) == debiased_loss(q, 0.5) != debiased_loss(q, 1.0) and still.loss is denoising_loss
     log = Fit(p.stages, seed=0).run(dit, text, shift=5.0)
     assert [entry["pass"] for entry in log] == ["spatial", "temporal"] * 2
+    less = motiondirector.plan(dit, clips, text, replace(config, spatial_share=0.0), 0)
+    log = Fit(less.stages, seed=0).run(dit, text, shift=5.0)
+    assert [entry["pass"] for entry in log] == ["temporal"] * 2
+    assert not any(lora.B.any() for lora in less.parts["spatial"].values())
     sets = motiondirector.frame_sets(config, 9)
     assert sets["spatial"] == [range(i, i + 1) for i in range(9)] and sets["temporal"] == [range(9)]
 
@@ -182,7 +187,7 @@ def test_embeddings_fit_other_lengths():
 
 
 def test_motioninversion_trains_its_embeddings(dit, text, clips):
-    config = MotionInversionConfig(fit_steps=(0, 2), value="full", strength=0.7)
+    config = MotionInversionConfig(fit_steps=(0, 2), value="full", adapter_strength=0.7)
     p = motioninversion.plan(dit, clips, text, config, 0)
     (stage,) = p.stages
     part = p.parts["embeddings"]
@@ -203,6 +208,16 @@ def test_motioninversion_trains_its_embeddings(dit, text, clips):
     again.load_state_dict(part.state_dict())  # of the length that it was trained on
     with pytest.raises(UserError, match="value must be one of place, full, none"):
         replace(config, value="all")
+
+
+@pytest.mark.parametrize("options", [MotionInversionConfig, DeTConfig])
+def test_the_strength_of_what_was_trained_is_not_the_samplers(options):
+    """Of which 1 starts from noise, and less from the reference itself."""
+    config = options(adapter_strength=0.3)
+    assert config.strength == 1.0 and training_options(config) == training_options(options())
+    assert training_options(options(rank=3) if options is DeTConfig else options(value="none")) != training_options(
+        config
+    )
 
 
 # DeT.
@@ -288,7 +303,7 @@ def test_tracks():
 
 
 def test_det_trains_its_convolutions(dit, text, clips):
-    config = DeTConfig(fit_steps=(0, 2), fit_lr=(0, 1e-3), rank=8, strength=0.6)
+    config = DeTConfig(fit_steps=(0, 2), fit_lr=(0, 1e-3), rank=8, adapter_strength=0.6)
     p = det.plan(dit, clips, text, config, 0)
     (stage,) = p.stages
     assert (stage.steps, stage.lr, stage.decay, stage.betas, p.strengths) == (2, 1e-3, 1e-4, (0.9, 0.95), (0.6,))

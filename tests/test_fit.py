@@ -1,5 +1,6 @@
 """The training loop: losses fall, runs repeat to the bit and go on after a stop, and only what should be is trained."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +12,17 @@ from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.lora import lora_on
 from wan_mini.peers import fit as fit_module
-from wan_mini.peers.fit import Fit, FitConfig, Pass, Stage, denoising_loss, draw_sigma, gradients_of, loss_by_level
+from wan_mini.peers.fit import (
+    Fit,
+    FitConfig,
+    Pass,
+    Stage,
+    denoising_loss,
+    draw_sigma,
+    gradients_of,
+    loss_by_level,
+    passes_of,
+)
 from wan_mini.scheduler import shift_sigma
 
 CONFIG = DiTConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=2, freq_dim=32, text_dim=16, text_len=8)
@@ -63,6 +74,21 @@ def test_the_loss_falls_by_half_on_one_batch(dit, clip, text):
         optimizer.zero_grad()
         losses.append(float(entry["loss"]))
     assert losses[-1] < losses[0] / 2
+
+
+def test_a_pass_with_a_share_is_left_out_at_random(dit, clip, text):
+    """And its part is then not beside the others either: MotionDirector scales it to 0 in such a step."""
+    still, moving = (stage.passes[0] for stage in stages_on(dit, clip))
+    stage = Stage("both", [replace(still, share=0.8), moving], 1, 1e-2)
+    rng = np.random.default_rng(0)
+    steps = [passes_of(stage, rng) for _ in range(1000)]
+    whole = [step for step in steps if len(step) == 2]
+    assert len(whole) == pytest.approx(800, abs=40)
+    assert all(step[1].frozen == (still.trained,) for step in whole)
+    assert all(step[0].name == "moving" and step[0].frozen == () for step in steps if len(step) == 1)
+    before = rng.bit_generator.state
+    assert [step.name for step in passes_of(Stage("both", [still, moving], 1, 1e-2), rng)] == ["still", "moving"]
+    assert rng.bit_generator.state == before  # where nothing is left out, nothing is drawn
 
 
 def test_one_seed_gives_the_same_adapters_to_the_bit(dit, clip, text):

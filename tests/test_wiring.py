@@ -286,10 +286,11 @@ def _(program, base, monkeypatch, capsys):
     loras = [LoraFile(files[0]), LoraFile(files[1], 0.5)]
     same(got, program.by_hand(wan=load_wan(program.model, device="cpu", dtype=torch.float32, loras=loras)))
     differs(got, base)
-    assert got.record["loras"] == [f"{files[0]}:1", f"{files[1]}:0.5"] and base.record["loras"] == []
+    assert got.record["loras"] == [f"{files[0]}:1.0", f"{files[1]}:0.5"] and base.record["loras"] == []
     label = json.loads(Image.open(got.folder / "preview.webp").getexif()[0x010E])
-    assert label["loras"] == ["style.safetensors:1", "x_4steps.safetensors:0.5"]
-    assert got.record["checkpoint_sha256"] == base.record["checkpoint_sha256"] | {f.name: sha256(f) for f in files}
+    assert label["loras"] == ["style.safetensors:1.0", "x_4steps.safetensors:0.5"]
+    hashes = {f"lora {number}: {file.name}": sha256(file) for number, file in enumerate(files, start=1)}
+    assert got.record["checkpoint_sha256"] == base.record["checkpoint_sha256"] | hashes
     notes = [line for line in capsys.readouterr().out.splitlines() if "distilled" in line]
     assert len(notes) == 1 and notes[0].startswith("note: x_4steps.safetensors seems to be distilled")
 
@@ -832,7 +833,7 @@ def test_lora_of_generate(generate, plain):
     _, latents, settings = generate.run("--lora", f"{file}:2")
     merged = load_wan(generate.model, device="cpu", dtype=torch.float32, loras=[LoraFile(file, 2.0)])
     assert torch.equal(latents, generate.by_hand(wan=merged)) and not torch.equal(latents, plain[1])
-    assert settings["loras"] == [f"{file}:2"]
+    assert settings["loras"] == [f"{file}:2.0"]
 
 
 def test_out_and_decode_of_generate(generate, plain, monkeypatch):

@@ -107,22 +107,25 @@ def difference_text(difference: tuple[float, float, float] | None) -> str:
     return f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
-def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
-    """Means over all clips with half of a 95 % interval, in Markdown; a dash where nothing was measured.
+def mean_cell(rows: Sequence[Row], measure: str) -> str:
+    """A mean with half of a 95 % interval; a dash where nothing was measured.
 
-    A mean over fewer clips than the row has ends with their number: a measure may not be defined for all. The second
-    column is the correlation's paired difference from FastVMT's.
+    A mean over some of the rows, because the measure is not defined for all, ends with their number.
     """
+    values = np.array([row[measure] for row in rows], dtype=float)
+    count = np.count_nonzero(~np.isnan(values))
+    return mean_with_interval(values) + (f" ({count})" if 0 < count < len(rows) else "")
+
+
+def table(rows: Sequence[Row], methods: Sequence[str]) -> str:
+    """Means over all clips, in Markdown (`mean_cell`), and the correlation's paired difference from FastVMT's."""
     chance = dict.fromkeys(row["method"] for row in rows if not row["settings"])
     heads = ["method", "clips", "correlation - fastvmt's", *MEASURES]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for method in [*methods, *chance]:
         group = [row for row in rows if row["method"] == method]
         cells = [method, str(len(group)), difference_text(paired(rows, method, "fastvmt", "correlation"))]
-        for name in MEASURES:
-            values = np.array([row[name] for row in group], dtype=float)
-            count = np.count_nonzero(~np.isnan(values))
-            cells.append(mean_with_interval(values) + (f" ({count})" if 0 < count < len(group) else ""))
+        cells += [mean_cell(group, name) for name in MEASURES]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

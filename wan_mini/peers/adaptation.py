@@ -24,7 +24,7 @@ from wan_mini.runs.cli import field_names, with_options
 from wan_mini.runs.provenance import sha256_clip
 from wan_mini.video import to_tensor
 
-OF_SAMPLING = ("strengths", "strength", "difference")  # a method's options that do not shape what is trained
+OF_SAMPLING = ("strengths", "adapter_strength", "difference")  # a method's options that do not shape what is trained
 
 
 @dataclass(frozen=True)

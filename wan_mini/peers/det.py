@@ -29,12 +29,12 @@ class DeTConfig(FitConfig):
     fit_lr: tuple[float, float] = (0.0, 1e-5)
     fit_decay: tuple[float, float] = (0.0, 1e-4)
     rank: int = 128
-    strength: float = 1.0  # of the convolutions when a video is made
+    adapter_strength: float = 1.0  # of the convolutions when a video is made
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("rank", self.rank, 1)
-        check_range("strength", self.strength)
+        check_range("adapter_strength", self.adapter_strength)
 
 
 class TemporalConv(nn.Module):
@@ -135,4 +135,4 @@ def plan(
         loss = partial(tracked_loss, positions=tracks[0], visible=tracks[1])
     step = Pass("temporal", [clip], convs, loss=loss)
     stage = Stage("convolutions", [step], config.fit_steps[1], config.fit_lr[1], config.fit_decay[1], (0.9, 0.95))
-    return Plan(nn.ModuleDict({"convolutions": convs}), [stage], (config.strength,))
+    return Plan(nn.ModuleDict({"convolutions": convs}), [stage], (config.adapter_strength,))

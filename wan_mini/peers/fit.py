@@ -7,7 +7,7 @@ its own number, so a run that was stopped goes on as if it had not been.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,6 +74,7 @@ class Pass:
     frozen: tuple[nn.Module, ...] = ()  # attached too
     loss: Loss = denoising_loss
     times: tuple[float, ...] | None = None  # temporal positions of the latent frames
+    share: float = 1.0  # of the steps that have this pass, at random; in the others its part is not attached at all
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,19 @@ def gradients_of(dit: WanDiT, step: Pass, text: Tensor, rng: Generator, shift: f
     return {"pass": step.name, "sigma": prediction.sigma, "loss": loss.detach()}
 
 
+def passes_of(stage: Stage, rng: Generator) -> list[Pass]:
+    """The passes of one step: those that are left out this time are not among the others' frozen parts either."""
+    passes = []
+    left_out = []
+    for step in stage.passes:
+        if step.share < 1 and rng.uniform() >= step.share:
+            left_out.append(step.trained)
+        else:
+            passes.append(step)
+    attached_parts = [tuple(part for part in step.frozen if part not in left_out) for step in passes]
+    return [replace(step, frozen=frozen) for step, frozen in zip(passes, attached_parts, strict=True)]
+
+
 class Fit:
     """A training of one clip: its stages, how far it is, and what it has logged.
 
@@ -181,7 +195,7 @@ class Fit:
         """One training step."""
         assert self.optimizer is not None
         rng = np.random.default_rng([self.seed % 2**64, self.stage, self.step])
-        for step in stage.passes:
+        for step in passes_of(stage, rng):
             entry = gradients_of(dit, step, text, rng, shift, recompute)
             entry["loss"] = float(entry["loss"])
             if not math.isfinite(entry["loss"]):

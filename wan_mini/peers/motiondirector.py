@@ -23,22 +23,21 @@ from wan_mini.peers.plan import Clips, FrameSets, Plan, single_frames
 
 @dataclass(frozen=True)
 class MotionDirectorConfig(FitConfig):
-    """Options of MotionDirector; the numbers are its code's, which also skips spatial passes at random.
-
-    Only the second of each pair of stages counts.
-    """
+    """Options of MotionDirector; the defaults are its code's. Only the second of each pair of stages counts."""
 
     fit_steps: tuple[int, int] = (0, 150)
     fit_lr: tuple[float, float] = (0.0, 5e-4)
     fit_decay: tuple[float, float] = (0.0, 1e-2)
     rank: int = 32
     targets: str = "qkvo"
+    spatial_share: float = 0.8  # of the steps, at random, that train the spatial adapters and have them attached
     beta: float = 1.0  # how much the anchor frame is taken out in the debiased loss
     strengths: tuple[float, float] = (0.0, 1.0)  # of the spatial and the temporal adapters when a video is made
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("rank", self.rank, 1)
+        check_range("spatial_share", self.spatial_share, 0, 1)
         check_range("beta", self.beta)
         check_range("strengths", self.strengths)
 
@@ -76,7 +75,7 @@ def plan(
     parts = nn.ModuleDict()
     for number, name in enumerate(("spatial", "temporal")):
         parts[name] = lora_on(dit, heads, rank=config.rank, targets=config.targets, seed=seed + number)
-    still = Pass("spatial", clips["spatial"], parts["spatial"])
+    still = Pass("spatial", clips["spatial"], parts["spatial"], share=config.spatial_share)
     loss = partial(debiased_loss, beta=config.beta)
     moving = Pass("temporal", clips["temporal"], parts["temporal"], (parts["spatial"],), loss)
     stage = Stage("both", [still, moving], config.fit_steps[1], config.fit_lr[1], config.fit_decay[1])

@@ -32,12 +32,12 @@ class MotionInversionConfig(FitConfig):
     value: str = "place"  # v's embedding: a vector for each "place", for each place and frame ("full"), or "none"
     difference: bool = True  # make the video with changes of a "full" embedding
     debiased: bool = False  # train with MotionDirector's loss
-    strength: float = 1.0  # of the embeddings when a video is made
+    adapter_strength: float = 1.0  # of the embeddings when a video is made
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("value", self.value, ("place", "full", "none"))
-        check_range("strength", self.strength)
+        check_range("adapter_strength", self.adapter_strength)
 
 
 def differences(embedding: Tensor) -> Tensor:
@@ -137,4 +137,5 @@ def plan(
     step = Pass("temporal", [clip], embeddings, loss=loss)
     stage = Stage("embeddings", [step], config.fit_steps[1], config.fit_lr[1], config.fit_decay[1])
     prepare = partial(embeddings.set_differences, config.difference)
-    return Plan(nn.ModuleDict({"embeddings": embeddings}), [stage], (config.strength,), {"grid": list(grid)}, prepare)
+    parts = nn.ModuleDict({"embeddings": embeddings})
+    return Plan(parts, [stage], (config.adapter_strength,), {"grid": list(grid)}, prepare)
