@@ -1,6 +1,7 @@
 """How well the start noise of a clip is found again after what happens to videos.
 
-    python -m benchmarks.marks --clips 50 --csv marks.csv
+    python -m benchmarks.marks --clips 50 --only-unmarked none first_frame_lost
+    python -m benchmarks.marks --show                                          # what has been measured, and its figure
 
 Each held-out clip of the tiny world is transferred twice: from noise with a key, and from noise without. Both results
 are distorted in the same ways, and verified for the key. Rows are written as they come; a second call with the same
@@ -13,21 +14,20 @@ import hashlib
 import io
 import json
 import math
-import shutil
-import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 import fastvmt
 from benchmarks.evaluate import clip_seeds
+from benchmarks.metrics.distortions import Distortion, distortions
+from benchmarks.metrics.strip import strip
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import UserError, check_range
 from wan_mini.files import write_bytes
@@ -39,6 +39,7 @@ from wan_mini.tiny.world import make_clip, other_scene
 from wan_mini.verify import AS_IT_IS, RATE, VIEWS, Verifier
 
 KEY = "benchmark"
+RESULTS = Path(__file__).parent / "results" / "marks.csv"
 COLUMNS = (
     "run",
     "clip",
@@ -54,94 +55,7 @@ COLUMNS = (
     "seconds",
 )
 SEARCHED = ("first_frame_lost", "trimmed", "mirrored")  # with every view; the others as they are
-CRFS = (18, 23, 28, 35)
-Distortion = Callable[[np.ndarray], np.ndarray]  # frames (T,H,W,3) uint8 -> of the same height and width
 Row = dict[str, Any]
-
-
-def resized(frames: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Each frame, bicubic."""
-    images = [Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack([np.asarray(image) for image in images])
-
-
-def half_size(frames: np.ndarray) -> np.ndarray:
-    """Half the height and width, and back."""
-    height, width = frames.shape[1:3]
-    return resized(resized(frames, width // 2, height // 2), width, height)
-
-
-def cropped(frames: np.ndarray) -> np.ndarray:
-    """Without 5 % on each side, and back to its size."""
-    height, width = frames.shape[1:3]
-    top = height // 20
-    left = width // 20
-    return resized(frames[:, top : height - top, left : width - left], width, height)
-
-
-def brighter(frames: np.ndarray) -> np.ndarray:
-    """Every level times 1.1."""
-    return np.minimum(np.rint(frames * 1.1), 255).astype(np.uint8)
-
-
-def first_frame_lost(frames: np.ndarray) -> np.ndarray:
-    """From the second frame on, which shifts the VAE's groups of four."""
-    return frames[1:]
-
-
-def trimmed(frames: np.ndarray) -> np.ndarray:
-    """Without an eighth of the frames at each end."""
-    cut = len(frames) // 8
-    return frames[cut : len(frames) - cut]
-
-
-def mirrored(frames: np.ndarray) -> np.ndarray:
-    """Left and right exchanged."""
-    return np.ascontiguousarray(frames[:, :, ::-1])
-
-
-def webp(frames: np.ndarray, quality: int = 80) -> np.ndarray:
-    """Each frame through a lossy WebP."""
-    decoded = []
-    for frame in frames:
-        file = io.BytesIO()
-        Image.fromarray(frame).save(file, "WEBP", quality=quality)
-        decoded.append(np.asarray(Image.open(file).convert("RGB")))
-    return np.stack(decoded)
-
-
-def h264(crf: int) -> Distortion:
-    """Through ffmpeg's libx264 at this quality, 4:2:0."""
-
-    def distort(frames: np.ndarray) -> np.ndarray:
-        height, width = frames.shape[1:3]
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24"]
-        with tempfile.TemporaryDirectory() as folder:
-            file = str(Path(folder) / "clip.mp4")
-            encode = ["-s", f"{width}x{height}", "-framerate", "16", "-i", "-", "-c:v", "libx264", "-crf", str(crf)]
-            run_ffmpeg([*raw, *encode, "-pix_fmt", "yuv420p", file], frames.tobytes())
-            pixels = run_ffmpeg(["-i", file, *raw, "-"])
-        return np.frombuffer(pixels, np.uint8).reshape(-1, height, width, 3).copy()  # writable, for torch
-
-    return distort
-
-
-def run_ffmpeg(words: list[str], pixels: bytes | None = None) -> bytes:
-    """What ffmpeg writes to its standard output. Raises UserError if it fails."""
-    done = subprocess.run(["ffmpeg", "-v", "error", *words], input=pixels, capture_output=True)
-    if done.returncode != 0:
-        raise UserError(f"ffmpeg failed: {done.stderr.decode(errors='replace')[:200]}")
-    return done.stdout
-
-
-def distortions() -> dict[str, Distortion]:
-    """All that can be done here: those of H.264 need ffmpeg."""
-    table: dict[str, Distortion] = {"none": lambda frames: frames}
-    if shutil.which("ffmpeg") is not None:
-        for crf in CRFS:
-            table[f"h264_crf{crf}"] = h264(crf)
-    simple = (webp, half_size, cropped, brighter, first_frame_lost, trimmed, mirrored)
-    return table | {function.__name__: function for function in simple}
 
 
 class Transfers:
@@ -257,10 +171,26 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def figure(rows: Sequence[dict[str, str]]) -> str:
+    """The z of every clip as an SVG, by distortion: with the mark above, without it below."""
+    groups: dict[str, tuple[list[float], list[float]]] = {}
+    for row in rows:
+        with_mark, without = groups.setdefault(row["distortion"], ([], []))
+        scores = with_mark if row["marked"] == "1" else without
+        scores.append(float(row["z"]))
+    names = {name.replace("_", " "): scores for name, scores in groups.items()}
+    title = "The start noise found again, with the mark (blue) and without it (gray)"
+    limit = -NormalDist().inv_cdf(RATE)
+    return strip(
+        names, title=title, x_title="z, one tick a clip", limit=(limit, "false-positive rate of 1e-6 in one try")
+    )
+
+
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m benchmarks.marks", description="Measure how well the start noise is found again.")
-    p.add_argument("--csv", type=Path, required=True, help="one row a clip, mark and distortion; goes on where it ends")
+    p.add_argument("--csv", type=Path, default=RESULTS, help="one row a clip, mark and distortion (%(default)s)")
+    p.add_argument("--show", action="store_true", help="measure nothing, print the summary, and draw it beside the CSV")
     p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with a motion.json (the tiny model)")
     p.add_argument("--seed", type=int, default=0, help="any integer: which clips (%(default)s)")
     p.add_argument("--clips", type=int, default=8, help="how many, of the four kinds in turn (%(default)s)")
@@ -275,6 +205,11 @@ def parser() -> Parser:
 def program(argv: list[str] | None = None) -> None:
     """Measure what is missing, and print the summary."""
     args = parser().parse_args(argv)
+    if args.show:
+        rows = read_rows(args.csv)
+        write_bytes(args.csv.with_suffix(".svg"), figure(rows).encode())
+        print(summary(rows))
+        return
     check_range("clips", args.clips, 1)
     known = [*distortions(), "second_generation"]
     marked = args.only or known

@@ -1,6 +1,7 @@
 """The benchmark of marks: its distortions, its rows, and that it goes on where it stopped."""
 
 import csv
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from benchmarks import marks
+from benchmarks.metrics.distortions import distortions
+from benchmarks.metrics.strip import BLUE, GRAY
 from fastvmt import MotionConfig
 from wan_mini.errors import UserError
 from wan_mini.verify import AS_IT_IS, VIEWS, Match, View
@@ -17,7 +20,7 @@ SMOOTH = np.broadcast_to(np.linspace(20, 200, 60, dtype=np.uint8)[:, None], (17,
 
 
 def test_distortions_do_what_they_are_called():
-    table = marks.distortions()
+    table = distortions()
     assert table["none"](FRAMES) is FRAMES
     assert np.array_equal(table["first_frame_lost"](FRAMES), FRAMES[1:])
     assert np.array_equal(table["trimmed"](FRAMES), FRAMES[2:15])
@@ -97,6 +100,22 @@ def test_the_summary_counts_what_is_found():
             )
     line = marks.summary(rows).splitlines()[1].split()
     assert line == ["none", "3", "of", "4", "0.0", "to", "3.0", "0", "of", "4", "0.0", "to", "3.0"]
+
+
+def test_the_figure_has_a_tick_for_each_clip(tmp_path, capsys):
+    rows = []
+    for marked, z in (("1", "50.00"), ("1", "70.00"), ("0", "1.00")):
+        row = dict.fromkeys(marks.COLUMNS, "0") | {"distortion": "first_frame_lost", "marked": marked, "z": z}
+        rows.append(row)
+    marks.rewrite(tmp_path / "a.csv", rows)
+    marks.program(["--csv", str(tmp_path / "a.csv"), "--show"])
+    drawn = (tmp_path / "a.svg").read_text()
+    at = [300 + z / 70 * 660 for z in (50, 70, 1)]
+    for x, color in zip(at, (BLUE, BLUE, GRAY)):
+        assert len(re.findall(f'<line x1="{x:.1f}"[^>]*stroke="{color}"', drawn)) == 1
+    assert drawn.count(f'stroke="{BLUE}"') == 2 and "first frame lost" in drawn
+    assert f'<line x1="{300 + 4.7534 / 70 * 660:.1f}"' in drawn  # z of a normal tail of 1e-6
+    assert "first_frame_lost" in capsys.readouterr().out
 
 
 def test_unmarked_clips_may_have_fewer_distortions(tmp_path, monkeypatch):
