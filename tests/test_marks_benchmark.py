@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,7 @@ from fastvmt import MotionConfig
 from wan_mini.errors import UserError
 from wan_mini.verify import AS_IT_IS, VIEWS, Match, View
 
+ROOT = Path(__file__).resolve().parent.parent
 FRAMES = np.random.default_rng(0).integers(0, 256, (17, 40, 60, 3), dtype=np.uint8)
 SMOOTH = np.broadcast_to(np.linspace(20, 200, 60, dtype=np.uint8)[:, None], (17, 40, 60, 3)).copy()
 
@@ -110,12 +112,30 @@ def test_the_figure_has_a_tick_for_each_clip(tmp_path, capsys):
     marks.rewrite(tmp_path / "a.csv", rows)
     marks.program(["--csv", str(tmp_path / "a.csv"), "--show"])
     drawn = (tmp_path / "a.svg").read_text()
-    at = [300 + z / 70 * 660 for z in (50, 70, 1)]
+    at = [180 + z / 70 * 780 for z in (50, 70, 1)]
     for x, color in zip(at, (BLUE, BLUE, GRAY)):
         assert len(re.findall(f'<line x1="{x:.1f}"[^>]*stroke="{color}"', drawn)) == 1
     assert drawn.count(f'stroke="{BLUE}"') == 2 and "first frame lost" in drawn
-    assert f'<line x1="{300 + 4.7534 / 70 * 660:.1f}"' in drawn  # z of a normal tail of 1e-6
+    assert f'<line x1="{180 + 4.7534 / 70 * 780:.1f}"' in drawn  # z of a normal tail of 1e-6
     assert "first_frame_lost" in capsys.readouterr().out
+
+
+def test_the_readmes_table_is_of_the_rows_that_ship():
+    """How many were found, and the range of z, in the table's order; every row is of one run and of 50 clips."""
+    page = (ROOT / "wan_mini/README.md").read_text(encoding="utf-8")
+    printed = re.findall(r"\| (\d+ of \d+), \[(-?\d+), (\d+)\] \|", page)
+    rows = marks.read_rows(marks.RESULTS)
+    assert len({row["run"] for row in rows}) == 1
+    expected = []
+    for marked in ("1", "0"):
+        for name in dict.fromkeys(row["distortion"] for row in rows if row["marked"] == marked):
+            group = [row for row in rows if (row["distortion"], row["marked"]) == (name, marked)]
+            assert len({row["clip"] for row in group}) == len(group) == 50
+            hits = sum(float(row["log10_rate"]) <= -6 for row in group)
+            scores = [float(row["z"]) for row in group]
+            expected.append((f"{hits} of 50", f"{abs(min(scores)):.0f}", f"{max(scores):.0f}"))
+    assert printed == expected and len(printed) == 15
+    assert marks.RESULTS.with_suffix(".svg").read_text(encoding="utf-8") == marks.figure(rows)
 
 
 def test_unmarked_clips_may_have_fewer_distortions(tmp_path, monkeypatch):

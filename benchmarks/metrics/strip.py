@@ -6,7 +6,7 @@ from html import escape
 from benchmarks.metrics.scatter import line, text, ticks
 
 WIDTH, ROW = 1000, 34
-LEFT, RIGHT = 300, 960  # of the values; names are left of them
+LEFT, RIGHT = 180, 960  # of the values; names are left of them
 TOP = 80  # of the first row
 DARK, GRAY, BLUE = "#1b1b1b", "#999999", "#0072b2"
 COLORS = (BLUE, GRAY)  # of the first kind, above, and the second
