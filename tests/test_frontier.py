@@ -27,8 +27,9 @@ from benchmarks.metrics.points import (
     settings_of_point,
 )
 from benchmarks.metrics.rows import append_rows, difference_text, paired, read_rows, values_of
-from benchmarks.metrics.scatter import Mark, label_positions, ticks
+from benchmarks.metrics.scatter import Mark, label_positions
 from benchmarks.metrics.scatter import frontier as undominated
+from benchmarks.metrics.svg import ticks
 from benchmarks.studies.program import table as study_table
 from fastvmt import MotionConfig
 from wan_mini.config import T2V_1_3B, T2V_14B

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import marks
 from benchmarks.metrics.distortions import distortions
-from benchmarks.metrics.strip import BLUE, GRAY
+from benchmarks.metrics.svg import BLUE, GRAY
 from fastvmt import MotionConfig
 from wan_mini.errors import UserError
 from wan_mini.verify import AS_IT_IS, VIEWS, Match, View

@@ -15,8 +15,7 @@ from test_frontier import copies
 
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
-from benchmarks.metrics.forest import BLUE, Effect, forest
-from benchmarks.metrics.forest import GRAY as LIGHT
+from benchmarks.metrics.forest import Effect, forest
 from benchmarks.metrics.points import (
     MEASURES,
     first_frames,
@@ -24,6 +23,8 @@ from benchmarks.metrics.points import (
     settings_of_point,
 )
 from benchmarks.metrics.rows import difference_text, paired, read_rows, values_of
+from benchmarks.metrics.svg import BLUE
+from benchmarks.metrics.svg import GRAY as LIGHT
 from benchmarks.studies import blocks, cuts, energy, interval, length, schedule, speed
 from benchmarks.studies.blocks import BlocksConfig, SeveralBlocks
 from benchmarks.studies.clips import CUT, GRAY, OCCLUDER, frames_at, occluded, played, with_cut

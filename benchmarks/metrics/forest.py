@@ -1,15 +1,13 @@
 """A forest plot as SVG: a row for each setting, with the interval of its difference from another."""
 
 from collections.abc import Callable, Sequence
-from html import escape
 from typing import NamedTuple
 
-from benchmarks.metrics.scatter import line, text, ticks
+from benchmarks.metrics.svg import BLUE, DARK, GRAY, document, line, text, ticks
 
 WIDTH, ROW = 1000, 26
 LEFT, RIGHT = 300, 720  # of the intervals; names are left of them, numbers right
 TOP = 96  # of the first row
-DARK, GRAY, BLUE = "#1b1b1b", "#999999", "#0072b2"
 
 
 class Effect(NamedTuple):
@@ -46,13 +44,7 @@ def forest(effects: Sequence[Effect], *, title: str, x_title: str, columns: Sequ
         parts.append(line((at(value), bottom), (at(value), bottom + 6), DARK))
         parts.append(text(at(value), bottom + 24, f"{value:+.1f}" if abs(value) > 1e-9 else "0"))
     parts.append(text((LEFT + RIGHT) / 2, bottom + 52, x_title))
-    size = f'width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}"'
-    head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{escape(title, quote=False)}</title>",
-        f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-    ]
-    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+    return document(WIDTH, height, title, parts)
 
 
 def drawn(effect: Effect, y: float, at: Callable[[float], float]) -> list[str]:

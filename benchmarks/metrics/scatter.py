@@ -1,15 +1,14 @@
 """A scatter plot as SVG: numbered points with intervals, their frontier, two limits, and a list of names."""
 
-import math
 from collections.abc import Sequence
-from html import escape
 from typing import NamedTuple
+
+from benchmarks.metrics.svg import document, line, text, ticks
 
 WIDTH, HEIGHT = 1120, 640
 LEFT, RIGHT, TOP, BOTTOM = 80, 760, 60, 560  # of the plot itself; the names are right of it
 # Where a point's number may begin, from the point: right and down, in pixels; the first that is free is taken.
 SIDES = [(9, -7), (9, 15), (-25, -7), (-25, 15), (14, 4), (-30, 4), (14, -22), (14, 28), (-30, -22), (-30, 28)]
-FONT = "Helvetica, Arial, 'DejaVu Sans', sans-serif"
 
 
 class Mark(NamedTuple):
@@ -42,27 +41,6 @@ def frontier(marks: Sequence[Mark]) -> list[Mark]:
         if not best or mark.y > best[-1].y:
             best.append(mark)
     return best
-
-
-def text(x: float, y: float, content: str, anchor: str = "middle", size: int = 15, more: str = "") -> str:
-    """One line of text."""
-    style = f'font-family="{FONT}" font-size="{size}" text-anchor="{anchor}" fill="#1b1b1b" {more}'
-    return f'<text x="{x:.1f}" y="{y:.1f}" {style}>{escape(content, quote=False)}</text>'
-
-
-def line(
-    start: tuple[float, float], end: tuple[float, float], color: str = "#999999", more: str = "", width: float = 1.5
-) -> str:
-    """A straight line."""
-    ends = f'x1="{start[0]:.1f}" y1="{start[1]:.1f}" x2="{end[0]:.1f}" y2="{end[1]:.1f}"'
-    return f'<line {ends} stroke="{color}" stroke-width="{width:g}" {more}/>'
-
-
-def ticks(low: float, high: float, step: float) -> list[float]:
-    """Round numbers from low to high."""
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [step * number for number in range(first, last + 1)]
 
 
 def frame(axes: Axes, x_title: str, y_title: str) -> list[str]:
@@ -108,14 +86,7 @@ def scatter(
     labels = label_positions([axes.at(mark.x, mark.y) for mark in marks])
     for number, (mark, label) in enumerate(zip(marks, labels, strict=True), start=1):
         parts += drawn(axes, number, mark, label)
-    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
-    head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{escape(title, quote=False)}</title>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        text((LEFT + RIGHT) / 2, 32, title, size=20),
-    ]
-    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+    return document(WIDTH, HEIGHT, title, [text((LEFT + RIGHT) / 2, 32, title, size=20), *parts])
 
 
 def label_positions(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,14 +1,12 @@
 """A strip plot as SVG: for each row every value as a tick, one kind above the other, and a limit as a dashed line."""
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
-from benchmarks.metrics.scatter import line, text, ticks
+from benchmarks.metrics.svg import BLUE, DARK, GRAY, document, line, text, ticks
 
 WIDTH, ROW = 1000, 34
 LEFT, RIGHT = 180, 960  # of the values; names are left of them
 TOP = 80  # of the first row
-DARK, GRAY, BLUE = "#1b1b1b", "#999999", "#0072b2"
 COLORS = (BLUE, GRAY)  # of the first kind, above, and the second
 
 Values = Sequence[float]
@@ -38,10 +36,4 @@ def strip(rows: Mapping[str, tuple[Values, Values]], *, title: str, x_title: str
         parts.append(line((at(value), bottom), (at(value), bottom + 6), DARK))
         parts.append(text(at(value), bottom + 24, f"{value:g}"))
     parts.append(text((LEFT + RIGHT) / 2, bottom + 52, x_title))
-    size = f'width="{WIDTH}" height="{bottom + 70}" viewBox="0 0 {WIDTH} {bottom + 70}"'
-    head = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
-        f"<title>{escape(title, quote=False)}</title>",
-        f'<rect width="{WIDTH}" height="{bottom + 70}" fill="#ffffff"/>',
-    ]
-    return "\n".join([*head, *parts, "</svg>"]) + "\n"
+    return document(WIDTH, bottom + 70, title, parts)
