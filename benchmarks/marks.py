@@ -207,6 +207,8 @@ def program(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if args.show:
         rows = read_rows(args.csv)
+        if not rows or set(rows[0]) != set(COLUMNS):
+            raise UserError(f"{args.csv} has no rows of this table: measure some, or give another --csv")
         write_bytes(args.csv.with_suffix(".svg"), figure(rows).encode())
         print(summary(rows))
         return

@@ -137,7 +137,7 @@ def test_what_cannot_go_on_says_why(runs, whole, capsys):
         (b"hello", "holds no run's latents"),
         (settings | {"program": "fastvmt.py"}, "is of fastvmt.py: start a new run"),
         (settings | {"steps": "many"}, "steps needs a value like"),
-        (settings | {"seed": "x"}, "is no run's state"),
+        (settings | {"seed": "x"}, "seed must be a whole number"),
         ({"program": "-m wan_mini.generate"}, "is no run's state"),
     ):
         if isinstance(content, bytes):

@@ -143,7 +143,7 @@ def test_every_setting_of_the_record_is_resumed(small, whole):
     out = small.out()
     small.killed(out, round(0.4 * whole["events"]))
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
-    settings = {"seed": 7, "prompt": "a cube", "label": "made by me", "offload": "parts", "recompute": "block"}
+    settings = {"seed": 7, "prompt": "a cube", "label": "AI", "offload": "parts", "recompute": "block"}
     settings |= {"png": True, "unguided": True, "compile": True}
     (out / "run.json").write_text(json.dumps({**record, **settings, "dtype": "torch.bfloat16"}), encoding="utf-8")
     args = SimpleNamespace(resume=out, model=None, ref=None, device=None, offload="none")

@@ -16,12 +16,14 @@ from wan_mini.generate import program as generate_program
 from wan_mini.noise import start_noise
 from wan_mini.pipeline import denoise
 from wan_mini.prompts import encode_prompts
+from wan_mini.runs.claim import believable_size, read_claim
 from wan_mini.runs.cli import run
 from wan_mini.scheduler import FlowEuler
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.verify import (
     AS_IT_IS,
     VIEWS,
+    Match,
     Verifier,
     View,
     invert,
@@ -30,11 +32,11 @@ from wan_mini.verify import (
     main,
     match,
     offsets,
-    read_claim,
     z_score,
 )
 from wan_mini.video import read_video, write_video
 
+CPU = ["--device", "cpu", "--dtype", "float32"]
 SHAPE = (1, 16, 5, 4, 6)
 ESTIMATES = {
     "a picture": torch.linspace(-3, 5, 16 * 5 * 4 * 6).reshape(SHAPE),  # nothing like noise: off center, smooth
@@ -240,11 +242,7 @@ def test_claims_are_read_and_checked(tmp_path):
     for seed in (-(2**63), -1, 2**64 - 1):  # all that a run takes
         assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": seed})) == {"seed": seed}
     assert read_claim(write_video(tmp_path / "b.webp", frames, 16, {"seed": 1, "frames": 10**9})) == {"seed": 1}
-    label = {"seed": 1, "key": "mine", "clip": {"frames": 2**10, "height": 2**9, "width": 2**9}}
     own = {"seed": 1, "key": "mine"}
-    assert read_claim(write_video(tmp_path / "b.webp", frames, 16, label)) == own | label["clip"]
-    label["clip"]["width"] += 1  # nobody may ask for as much memory by a few bytes
-    assert read_claim(write_video(tmp_path / "b.webp", frames, 16, label)) == own
     if is_installed():
         own["key"] = "a=b;\n#"  # which ffmpeg writes behind backslashes
         assert read_claim(write_video(tmp_path / "b.mp4", frames, 16, own)) == own
@@ -253,6 +251,48 @@ def test_claims_are_read_and_checked(tmp_path):
     assert read_claim(tmp_path / "b.mp4") == {"seed": 3}
     (tmp_path / "run.json").write_text("[" * 100_000)
     assert read_claim(tmp_path / "b.mp4") == {}
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width"),
+    [
+        (9, 16384, 16384),  # a file of a few kilobytes would take gigabytes
+        (9, 16, 2**24),
+        (13, 4080, 4080),
+        (1048573, 32, 48),  # as many offsets
+        (8, 32, 48),
+        (9, 33, 48),
+    ],
+)
+def test_a_claim_may_not_ask_for_much_more_than_the_clip_has(frames, height, width, tmp_path, monkeypatch):
+    """The original then counts as of the clip's own size. It may have had 16 times the frames and 4 times the pixels."""
+    own = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
+    label = {"seed": 1, "clip": {"frames": frames, "height": height, "width": width}}
+    clip = write_video(tmp_path / "a.webp", own, 16, label)
+    shapes = []
+
+    class Seen(Verifier):
+        def __init__(self, wan, frames, original, device):
+            shapes.append((frames.shape, original))
+            super().__init__(wan, frames, original, device)
+
+        def best(self, *_):
+            return Match(1, AS_IT_IS, 0, 0.5, 0.0), 0.0
+
+    monkeypatch.setattr(verify_module, "Verifier", Seen)
+    assert main([str(clip), *CPU]) == 1
+    assert shapes == [((9, 32, 48, 3), (9, 32, 48))]
+    assert believable_size({"frames": 141, "height": 64, "width": 96}, own.shape)["frames"] == 141
+    assert believable_size({"frames": 145, "height": 64, "width": 96}, own.shape) == {}
+    assert believable_size({"frames": 9, "height": 64, "width": 112}, own.shape) == {}
+    assert believable_size({"frames": 9, "height": 32}, own.shape) == {}
+
+
+@pytest.mark.parametrize("flags", ["--frames 1000000001", "--frames 20001", "--height 100000000 --width 16"])
+def test_sizes_that_nothing_holds_are_refused_at_once(flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify_module, "read_video", lambda *_, **__: pytest.fail("the clip was read"))
+    assert main([str(tmp_path / "a.webp"), *flags.split(), *CPU]) == 2
+    assert "must be at most" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -270,9 +310,6 @@ def marked(tmp_path_factory):
     ]
     assert run(generate_program, [*words, *flags.split(), "--dtype", "float32"]) == 0
     return out
-
-
-CPU = ["--device", "cpu", "--dtype", "float32"]
 
 
 def test_the_tiny_models_clip_is_found(marked, capsys):

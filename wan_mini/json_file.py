@@ -55,6 +55,16 @@ def text(longest: int = 10_000, shortest: int = 0) -> Check:
     return check
 
 
+def choice(*names: str) -> Check:
+    """One of these texts."""
+
+    def check(value: Any, where: str) -> None:
+        if value not in names:
+            _wrong(where, f"one of {', '.join(names)}", value)
+
+    return check
+
+
 def boolean(value: Any, where: str) -> None:
     """true or false."""
     if not isinstance(value, bool):

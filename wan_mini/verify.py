@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_mini.config import TIME_STRIDE, latent_frames, latent_shape, valid_frames
+from wan_mini.config import TIME_STRIDE, ClipConfig, latent_frames, latent_shape, valid_frames
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
+from wan_mini.images import MAX_FRAMES
 from wan_mini.load import Wan, load_wan
 from wan_mini.pipeline import SamplingConfig, encode
 from wan_mini.prompts import encode_prompts
-from wan_mini.runs.claim import CLAIMS, read_claim
+from wan_mini.runs.claim import SIZES, believable_size, read_claim
 from wan_mini.runs.cli import Parser, add_common_flags, run, seed_number, with_options
 from wan_mini.runs.folder import read_preset
 from wan_mini.runs.provenance import package_version
@@ -190,37 +191,37 @@ def parser() -> Parser:
     return p
 
 
-def read_clip(clip: Path, given: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int, int]]:
+def read_clip(clip: Path, args: Any, claim: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The clip's frames at the original's size, and the original's (frames, height, width).
 
-    given: what is known of the original; what is not is the clip's own, and frames that are not 4k+1 have lost some.
+    args: the flags, which go before the clip's claim. What neither says is the clip's own, whose frames are 4k+1.
     """
-    height, width = given.get("height"), given.get("width")
-    if (height is None) != (width is None):
+    if (args.height is None) != (args.width is None):
         raise UserError("give both --height and --width of the original, or neither")
-    size = None if height is None or width is None else (height, width)
-    frames = read_video(clip, size=size)
-    count = given.get("frames")
-    if count is None:
-        count = len(frames)
-    check_range("frames", count, 5)
-    latent_frames(count)
-    return frames, (count, frames.shape[1], frames.shape[2])
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    if "frames" in given:
+        check_range("frames", given["frames"], MIN_FRAMES, MAX_FRAMES)
+        latent_frames(given["frames"])
+    ClipConfig(**given)  # refused before anything is read
+    frames = read_video(clip)
+    own = dict(zip(SIZES, frames.shape[:3], strict=True))
+    original = ClipConfig(**{**own, **believable_size(claim, frames.shape), **given})
+    size = (original.height, original.width)
+    if size != frames.shape[1:3]:
+        frames = read_video(clip, size=size)
+    return frames, (original.frames, *size)
 
 
 def verify(args: Any) -> bool:
     """Print what was found; True if it is the mark."""
-    claim = read_claim(args.clip)
-    given = {name: claim.get(name) for name in CLAIMS}
-    for name in given:
-        if getattr(args, name) is not None:
-            given[name] = getattr(args, name)
     check_range("seeds", args.seeds, 1, 1_000_000)
+    claim = read_claim(args.clip)
+    seed = claim.get("seed") if args.seed is None else args.seed
+    key = claim.get("key", "") if args.key is None else args.key
     device = pick_device(args.device)
-    frames, original = read_clip(args.clip, given)
+    frames, original = read_clip(args.clip, args, claim)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype), hash_files=False)
-    seeds = range(args.seeds) if given["seed"] is None else [given["seed"]]
-    key = given["key"] or ""
+    seeds = range(args.seeds) if seed is None else [seed]
     tried = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds 0 to {len(seeds) - 1}"
     size = f"{len(frames)} frames of {frames.shape[2]}x{frames.shape[1]}"
     print(f"{args.clip}: {size}, {wan.name} on {device}, {tried}, {f'key {key!r}' if key else 'no key'}")

@@ -50,6 +50,7 @@ class Saved:
     clip: ClipConfig
     config: SamplingConfig
     dtype: torch.dtype
+    folder: Path  # of the file, where the run's record may be
 
 
 def read_saved(path: Path) -> Saved:
@@ -68,14 +69,17 @@ def read_saved(path: Path) -> Saved:
     except (KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"{path} holds no run's latents ({problem}): give the latents.safetensors of a run") from None
     shape = latent_shape(clip.frames, clip.height, clip.width)
-    if latents.shape != shape or not latents.isfinite().all():
-        got = f"{tuple(latents.shape)} or numbers that are not finite"
-        raise UserError(f"{path} needs finite latents {shape} as its settings say, got {got}: the run is lost")
+    if latents.shape != shape:
+        got = tuple(latents.shape)
+        raise UserError(f"{path} needs latents {shape} as its settings say, got {got}: the run is lost")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32 or not tensor.isfinite().all():
+            raise UserError(f"{path} needs finite numbers of float32, got others in {name}: the run is lost")
     grid = token_grid(clip.frames, clip.height, clip.width)
     for flow in flows:
         if flow.shape != (grid[0] - 1, math.prod(grid[1:]), 2):
             raise UserError(f"{path} has a flow {tuple(flow.shape)}, which is not its clip's: the file is damaged")
-    return Saved(latents, flows, settings, clip, config, dtype)
+    return Saved(latents, flows, settings, clip, config, dtype, path.parent)
 
 
 def _known(config: Any, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def finish(args: Namespace) -> None:
     The reference is needed for the preview alone. Raises UserError if anything would be overwritten.
     """
     saved = read_saved(args.decode)
-    if len(saved.flows) < len(FLOWS):
+    if len(saved.flows) < len(FLOWS) or "clip" not in saved.settings:
         raise UserError(f"{args.decode} is of no motion transfer: use python -m wan_mini.generate --decode")
     options = parse_pairs(args.set)
     if options.keys() - {"vae_tile"}:
@@ -112,22 +116,31 @@ def finish(args: Namespace) -> None:
     folder = args.decode.parent if args.out is None else new_folder(args.out)
     try:
         frames = decode_saved(saved, model, device, tile)
+        written = write_files(folder, frames, reference, saved, png=args.png)
     except BaseException:
         if args.out is not None:
             remove_empty_run(folder)
         raise
-    frames = with_label(frames, str(settings.get("label", "")))
-    written = [write_result(folder, frames, settings, png=args.png)]
+    remove_states(folder)
+    print("wrote", ", ".join(str(file) for file in written))
+
+
+def write_files(
+    folder: Path, frames: np.ndarray, reference: np.ndarray | None, saved: Saved, *, png: bool
+) -> list[Path]:
+    """Write decoded frames (T,H,W,3) uint8 as a run does: result, preview, page, and its record; returns the others."""
+    settings = saved.settings
+    frames = with_label(frames, settings.get("label", ""))
+    written = [write_result(folder, frames, settings, png=png)]
     panels: dict[str, Panel] = {}
     if reference is not None:
         panels["reference"] = (reference, saved.flows[0])
     panels["result"] = (frames, saved.flows[1])
     written.append(write_preview(folder, panels, settings, tile=ARROW_TILE))
-    record = old_record(args.decode.parent, settings)
+    record = old_record(saved.folder, settings)
     written.append(write_report(folder / REPORT, panels, record))
     write_record(folder / RECORD, record)
-    remove_states(folder)
-    print("wrote", ", ".join(str(file) for file in written))
+    return written
 
 
 def check_no_output(folder: Path) -> None:

@@ -25,6 +25,7 @@ from wan_mini.json_file import parse_json, read_json
 from wan_mini.runs.label import with_label
 from wan_mini.runs.preview import side_by_side, with_arrows
 from wan_mini.runs.provenance import GENERATED, XMP, XMP_KEYWORD
+from wan_mini.runs.settings import RUN
 from wan_mini.video import write_video
 
 RECORD = "run.json"
@@ -133,7 +134,7 @@ def save_latents(path: Path, tensors: Mapping[str, Tensor], settings: Mapping[st
         failure = error
     for root in (Path(tempfile.gettempdir()), Path.home(), Path.cwd()):
         with suppress(OSError):
-            second = Path(tempfile.mkdtemp(prefix=f"{path.parent.name}-", dir=root)) / path.name
+            second = Path(tempfile.mkdtemp(prefix=f"{path.parent.name[:40]}-", dir=root)) / path.name
             save_tensors(second, tensors, settings)
             print(f"note: {failure}; the latents are in {second} instead", file=sys.stderr)
             return second
@@ -147,7 +148,9 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (the file is no dict)
-            settings = parse_json(file.metadata()["settings"], str(path))
+            settings = parse_json(file.metadata()["settings"], str(path), RUN)
+    except UserError:
+        raise
     except (SafetensorError, TypeError, KeyError, ValueError) as problem:
         raise UserError(f"{path} holds no run's latents ({problem}): give the .safetensors file of a run") from None
     return tensors, settings

@@ -16,12 +16,14 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
+from pathlib import Path
 from traceback import print_exc
 from typing import Any
 
 import torch.distributed as dist
 
 from wan_mini.errors import MissingFile, UserError
+from wan_mini.json_file import MAX_BYTES
 from wan_mini.runs.cli import Parser
 
 OF_A_JOB = (
@@ -42,7 +44,7 @@ def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Na
             raise UserError(f"--jobs runs each line by itself, got --{name.replace('_', '-')} too: leave it out")
     if not args.jobs.is_file():
         raise MissingFile(f"{args.jobs} does not exist: give a file with a job in JSON on each line")
-    lines = args.jobs.read_text(encoding="utf-8").splitlines()
+    lines = read_lines(args.jobs)
     names = [f"{args.jobs} line {number}" for number in range(1, len(lines) + 1)]
 
     def run_line(line: str) -> None:
@@ -52,6 +54,18 @@ def run_jobs(args: Namespace, parser: Parser, argv: list[str], run: Callable[[Na
     queue = JobQueue()
     queue.run(run_line, lines, names, tracebacks=args.traceback)
     return queue.finish()[0]
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a file of jobs. Raises UserError if it is too large, or no UTF-8."""
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise UserError(f"{file} has {size} bytes, more than {MAX_BYTES}: split it")
+    try:
+        return file.read_bytes().decode("utf-8").split("\n")  # JSON may hold other breaks of lines as they are
+    except UnicodeDecodeError as problem:
+        got = f"{problem.reason} at byte {problem.start}"
+        raise UserError(f"{file} must be text in UTF-8, got {got}: save it anew") from None
 
 
 class JobQueue:
@@ -107,6 +121,8 @@ def parse_job(line: str, parser: Parser, argv: list[str]) -> Namespace:
         raise UserError(f'a job is an object with "out" and any of {", ".join(OF_A_JOB)}, got {line[:80]}')
     flags: list[str] = []
     for name, value in job.items():
+        if value is None or isinstance(value, dict):
+            raise UserError(f"{name} must be what --{name} takes, got {json.dumps(value)[:80]}")
         flags += words(name, value)
     complaint = io.StringIO()
     try:

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from wan_mini.errors import UserError
 from wan_mini.files import Unwritable
+from wan_mini.json_file import parse_json
 from wan_mini.pipeline import Guidance
 from wan_mini.runs.folder import save_tensors
+from wan_mini.runs.settings import STATE as SAVED_STATE
 from wan_mini.scheduler import FlowEuler, FlowUniPC
 
 STATE = "state."  # before the names of a guidance's tensors
@@ -74,6 +76,7 @@ class Journal:
         """The step to go on with and its latents, on the device of those given, which are the start's."""
         if "latents" not in self.tensors:
             return 0, latents
+        self._check_state(latents, guidance)
         memory = {}
         for name, tensor in self.tensors.items():
             here = tensor.to(latents.device)
@@ -92,6 +95,19 @@ class Journal:
         if self.sampler is not None:
             self.sampler.remember(memory)
         return self.step, self.tensors["latents"].to(latents.device)
+
+    def _check_state(self, latents: Tensor, guidance: Guidance | None) -> None:
+        """Raises UserError if the file has what a state of this run has not."""
+        lasting = getattr(guidance, "history", ())
+        for name, tensor in self.tensors.items():
+            of_latents = name in OF_RUN or name.startswith(SAMPLER)
+            known = of_latents or name in lasting or (name.startswith(STATE) and hasattr(guidance, "state"))
+            if not known or (of_latents and tensor.shape != latents.shape):
+                raise UserError(f"{self.path} holds {name} {tuple(tensor.shape)}, not of this run: start a new run")
+        for name, value in self.history.items():
+            kept_as_list = name in lasting and isinstance(getattr(guidance, name), list)
+            if name not in lasting or (kept_as_list and not isinstance(value, list)):
+                raise UserError(f"{self.path} holds a history {name} that is not of this run: start a new run")
 
     def beside(self, suffix: str) -> Path:
         """A file for what a method keeps itself: it lasts as long as the state."""
@@ -116,8 +132,8 @@ class Journal:
     def _write(self) -> None:
         self._check_weights()
         try:
-            more = {"checkpoint_sha256": self.hashes, "step": self.step, "history": self.history}
-            save_tensors(self.path, self.tensors, self.settings, **more)
+            state = {"checkpoint_sha256": self.hashes, "step": self.step, "history": self.history}
+            save_tensors(self.path, self.tensors, self.settings, state=state)
         except Unwritable as error:
             if not self._failed:
                 print(f"note: {error}; the run goes on, but cannot be resumed from here", file=sys.stderr)
@@ -126,15 +142,19 @@ class Journal:
 
     def _read(self) -> None:
         try:
+            if not self.path.is_file():
+                raise UserError(f"{self.path} is no regular file: remove it, and start a new run")
             with safe_open(self.path, framework="pt") as file:
-                metadata = {name: json.loads(text) for name, text in file.metadata().items()}
+                metadata = file.metadata()
+                state = parse_json(metadata["state"], f"{self.path}: state", SAVED_STATE)
+                settings = parse_json(metadata["settings"], f"{self.path}: settings")
                 for name in file.keys():  # noqa: SIM118 (the file is no dict)
                     self.tensors[name] = file.get_tensor(name)
-            self.step = metadata["step"]
-            self.history = metadata["history"]
-            self.begun_with = metadata["checkpoint_sha256"]
+            self.step = state["step"]
+            self.history = state["history"]
+            self.begun_with = state["checkpoint_sha256"]
             self._check_weights()
-            self._check("settings", metadata["settings"], json.loads(json.dumps(self.settings)))
+            self._check("settings", settings, json.loads(json.dumps(self.settings)))
         except (SafetensorError, TypeError, KeyError, ValueError) as problem:
             if isinstance(problem, UserError):
                 raise

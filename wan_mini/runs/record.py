@@ -24,6 +24,7 @@ from wan_mini.runs.folder import (
 )
 from wan_mini.runs.journal import Journal
 from wan_mini.runs.request import Method, Request
+from wan_mini.runs.settings import RUN
 
 
 class RunFiles:
@@ -47,6 +48,7 @@ class RunFiles:
         self.machine: Mapping[str, Any] = {}
         self.latents: Path | None = None  # once they are saved
         self.journals: list[Journal] = []
+        self.resumed = resumed
         self.is_new = not states(self.folder)
 
     def begin(self, settings: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
@@ -104,7 +106,7 @@ class RunFiles:
             advise(error, f"to go on: {command} --resume {shlex.quote(str(self.folder))}")
         elif shown:
             advise(error, f"the result is there: {shown[0]}")
-        else:
+        elif not self.resumed:  # a folder that was there before is not this run's to remove
             with suppress(OSError):  # what cannot be removed must not hide the error
                 remove_states(self.folder)
                 remove_empty_run(self.folder)
@@ -112,5 +114,5 @@ class RunFiles:
 
 def old_record(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """These settings, and what the record in a folder knows besides."""
-    record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
+    record = read_json(folder / RECORD, RUN) if (folder / RECORD).is_file() else {}
     return {**settings, **record, "status": "finished"}

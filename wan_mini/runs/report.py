@@ -66,6 +66,7 @@ def clip_data(name: str, frames: np.ndarray, flow: Tensor | None) -> dict[str, A
 
 def loss_plot(losses: list[list[float]]) -> str:
     """The loss at every gradient as SVG, one line for each guided step; nothing without guidance."""
+    losses = [step for step in losses if step]
     total = sum(len(step) for step in losses)
     if total == 0:
         return ""
@@ -94,7 +95,8 @@ def stage_table(stages: Mapping[str, Mapping[str, float | None]]) -> str:
     longest = max(cost["seconds"] or 0.0 for cost in stages.values()) or 1.0
     for name, cost in stages.items():
         seconds = cost["seconds"] or 0.0
-        rows += f'<tr><td>{escape(name)}<td class="number">{seconds:.1f}<td class="number">{cost["peak_gb"]}'
+        peak = "-" if cost["peak_gb"] is None else f"{cost['peak_gb']:.3f}"
+        rows += f'<tr><td>{escape(name)}<td class="number">{seconds:.1f}<td class="number">{peak}'
         rows += f'<td><span class="bar" style="width: {10 * seconds / longest:.2f}em"></span></tr>\n'
     return f"{rows}</table>"
 

@@ -26,6 +26,7 @@ from wan_mini.runs.cli import Parser, add_common_flags, field_names, new_path, p
 from wan_mini.runs.folder import RECORD, read_preset, remove_states
 from wan_mini.runs.label import add_label_flag, label_box
 from wan_mini.runs.provenance import package_version
+from wan_mini.runs.settings import RUN
 from wan_mini.tiny import demo
 
 FLAG_OPTIONS = ("key", "amf", "interval", "steps", "negative", "frames", "height", "width")  # have a flag of their own
@@ -236,7 +237,7 @@ def resumed_request(args: Namespace, method: Method, given: Collection[str]) -> 
     Raises UserError on a folder without a run of this method.
     """
     folder = args.resume
-    record = read_json(folder / RECORD)
+    record = read_json(folder / RECORD, RUN)
     source = f"{folder}/{RECORD}"
     if record.get("program") != method.prog:
         got = f"one of {record.get('program')}, which has computed nothing"
@@ -245,12 +246,14 @@ def resumed_request(args: Namespace, method: Method, given: Collection[str]) -> 
         remove_states(folder)
         return None
     try:
+        clip = with_options(ClipConfig(), record["clip"], f"{source}: clip")
+        label_box(record["label"], clip.height, clip.width)
         return Request(
             model=args.model or Path(record["model"]),
             ref=args.ref or Path(record["ref"]),
             prompt=str(record["prompt"]),
             seed=int(record["seed"]),
-            clip=with_options(ClipConfig(), record["clip"], f"{source}: clip"),
+            clip=clip,
             config=with_options(method.config, record["config"], f"{source}: config"),
             device=pick_device(args.device or record["device"]),
             dtype=DTYPES[record["dtype"].removeprefix("torch.")],

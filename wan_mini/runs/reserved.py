@@ -1,5 +1,6 @@
 """The files of a run of wan_mini.generate, which has no folder of its own: names taken once, the state beside them."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from wan_mini.runs.folder import locked
 
 LATENTS = ".safetensors"
 STATE = ".state.safetensors"
+LONGEST_NAME = 200  # bytes; file systems take 255, and a file that is being written has a longer name than its own
 OUTPUTS = (".mp4", ".webp", ".html")  # without ffmpeg, an mp4 becomes a webp
 
 
@@ -32,26 +34,26 @@ def reserved(out: Path, *suffixes: str, resumed: bool = False) -> Iterator[None]
     """
     if out.suffix not in (".mp4", ".webp"):
         raise UserError(f"--out must end in .mp4 or .webp, got {out}")
+    if len(os.fsencode(out.name)) > LONGEST_NAME:
+        raise UserError(f"--out needs a name of at most {LONGEST_NAME} bytes, got one of {len(os.fsencode(out.name))}")
     for suffix in suffixes:
         file = out.with_suffix(suffix)
         if file.exists() and not resumed:
             raise UserError(f"{file} exists already: choose another --out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        file.touch(exist_ok=resumed)
         lock_file(out).touch()
+        file.touch(exist_ok=resumed)
     except FileExistsError:
         raise UserError(f"{out.parent} is no folder, or {file} exists already: choose another --out") from None
     except OSError as error:
         raise Unwritable(f"cannot write into {out.parent} ({error.strerror}): choose another --out") from None
-    try:
-        with locked(lock_file(out)):
-            try:
-                if resumed:
-                    remove_partial(out.parent, f"{out.stem}.")
-                yield
-            finally:
-                lock_file(out).unlink(missing_ok=True)
-    finally:
-        if file.exists() and file.stat().st_size == 0:
-            file.unlink()
+    with locked(lock_file(out)):  # before anything is removed: it may be of a run that goes on
+        try:
+            if resumed:
+                remove_partial(out.parent, f"{out.stem}.")
+            yield
+        finally:
+            lock_file(out).unlink(missing_ok=True)
+            if file.exists() and file.stat().st_size == 0:
+                file.unlink()
