@@ -44,25 +44,16 @@ class Candidate:
 
 
 CANDIDATES = {
-    "fym: preset": Candidate("fym", {}),
     "fym: all heads": Candidate("fym", {"heads": "all"}),
-    "fym: all heads, no spatial stage": Candidate("fym", {"heads": "all", "fit_steps": (0, 200)}),
     "fym: all heads, no spatial stage, dense": Candidate(
         "fym", {"heads": "all", "fit_steps": (0, 200), "sparse": "none"}
     ),
     "fym: spatial heads, no spatial stage": Candidate("fym", {"heads": "swapped", "fit_steps": (0, 200)}),
-    "motiondirector: preset": Candidate("motiondirector", {}),
+    "motiondirector: with spatial passes": Candidate("motiondirector", {"spatial_share": 0.8}),
     "motiondirector: motion alone": Candidate("motiondirector", {"spatial_share": 0.0}),
-    "motiondirector: motion alone, a third of the rate": Candidate(
-        "motiondirector", {"spatial_share": 0.0, "fit_lr": (0.0, 3e-3)}
-    ),
-    "motiondirector: motion alone, shift 5": Candidate("motiondirector", {"spatial_share": 0.0, "fit_shift": 5.0}),
-    "motioninversion: preset": Candidate("motioninversion", {}),
-    "motioninversion: debiased": Candidate("motioninversion", {"debiased": True}),
     "motioninversion: debiased, as trained": Candidate(
         "motioninversion", {"debiased": True, "difference": False}, (0.3, 0.5, 0.7, 1.0)
     ),
-    "det: preset": Candidate("det", {}),
     "det: ten times the rate": Candidate("det", {"fit_lr": (0.0, 1e-2)}),
 }
 

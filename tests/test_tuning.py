@@ -51,7 +51,7 @@ def runs(monkeypatch) -> list[tuple]:
 
 
 def test_a_candidate_is_trained_once_a_clip_and_goes_on_after_a_stop(runs, tmp_path, capsys):
-    names = ["motiondirector: motion alone", "det: preset"]
+    names = ["motiondirector: motion alone", "det: ten times the rate"]
     words = ["--csv", str(tmp_path / "t.csv"), "--device", "cpu", "--only", *names]
     assert run(tuning.program, [*words, "--clips", "1"]) == 0
     assert [trained for _, _, trained in runs] == [True, False, False] * 2
@@ -63,15 +63,19 @@ def test_a_candidate_is_trained_once_a_clip_and_goes_on_after_a_stop(runs, tmp_p
     capsys.readouterr()
     assert run(tuning.program, [*words, "--show"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + 6 and any(line.startswith("| det: preset, x 0.7 | 2 | 1.00 ±0.0") for line in lines)
+    assert len(lines) == 2 + 6 and any(
+        line.startswith("| det: ten times the rate, x 0.7 | 2 | 1.00 ±0.0") for line in lines
+    )
     assert len(runs) == 12
 
 
 def test_rows_of_other_options_are_refused(runs, tmp_path, capsys, monkeypatch):
-    words = ["--csv", str(tmp_path / "t.csv"), "--device", "cpu", "--clips", "1", "--only", "det: preset"]
+    words = ["--csv", str(tmp_path / "t.csv"), "--device", "cpu", "--clips", "1", "--only", "det: ten times the rate"]
     assert run(tuning.program, words) == 0
-    monkeypatch.setitem(CANDIDATES, "det: preset", Candidate("det", {"rank": 8}))
+    monkeypatch.setitem(CANDIDATES, "det: ten times the rate", Candidate("det", {"rank": 8}))
     assert run(tuning.program, words) == 2
-    assert "has rows of det: preset, x 0.7 with other options: choose another --csv" in capsys.readouterr().err
+    assert (
+        "has rows of det: ten times the rate, x 0.7 with other options: choose another --csv" in capsys.readouterr().err
+    )
     assert run(tuning.program, ["--only", "nothing"]) == 2
-    assert "got --only nothing: choose from fym: preset" in capsys.readouterr().err
+    assert "got --only nothing: choose from fym: all heads" in capsys.readouterr().err

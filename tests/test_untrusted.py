@@ -270,14 +270,18 @@ def test_what_is_no_safetensors_file_is_described(start, pattern, copy):
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "pattern"),
+    ("shapes", "pattern"),
     [
-        ("text_embedding.0.weight", (48, 32), "the DiT reads text of width 32, the encoder gives 16"),
+        ({"text_embedding.0.weight": (48, 32)}, "the DiT reads text of width 32, the encoder gives 16"),
+        (
+            {"patch_embedding.weight": (48, 8, 1, 2, 2), "head.head.weight": (32, 48), "head.head.bias": (32,)},
+            "the DiT takes 8 channels and gives 8, the VAE has 16",
+        ),
     ],
 )
-def test_parts_of_two_models_are_refused_before_anything_is_read(name, shape, pattern, copy, capsys):
-    tensors = load_file(copy / DIT)
-    save_file(tensors | {name: torch.ones(shape)}, copy / DIT, {"config": (copy / "config.json").read_text()})
+def test_parts_of_two_models_are_refused_before_anything_is_read(shapes, pattern, copy, capsys):
+    tensors = load_file(copy / DIT) | {name: torch.ones(shape) for name, shape in shapes.items()}
+    save_file(tensors, copy / DIT, {"config": (copy / "config.json").read_text()})
     refuses(copy, pattern)
     assert inspect.inspect(copy) is False
     assert capsys.readouterr().out.splitlines()[-1].startswith("[broken]  together: the DiT")

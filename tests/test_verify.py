@@ -265,7 +265,7 @@ def test_claims_are_read_and_checked(tmp_path):
     ],
 )
 def test_a_claim_may_not_ask_for_much_more_than_the_clip_has(frames, height, width, tmp_path, monkeypatch):
-    """The original then counts as of the clip's own size. It may have had 16 times the frames and 4 times the pixels."""
+    """Else it counts as of the clip's own size. It may have had 16 times the frames and 4 times the pixels."""
     own = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
     label = {"seed": 1, "clip": {"frames": frames, "height": height, "width": width}}
     clip = write_video(tmp_path / "a.webp", own, 16, label)

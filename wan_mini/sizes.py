@@ -98,7 +98,7 @@ def umt5_config(shapes: Shapes, configs: Configs) -> UMT5Config:
 
 def check_fit(dit: DiTConfig, vae: VAEConfig, text_encoder: UMT5Config) -> None:
     """Raises UserError if the parts, each complete by itself, are not of one text-to-video model."""
-    if dit.in_dim != vae.z_dim or dit.out_dim != vae.z_dim:
+    if dit.out_dim != vae.z_dim:  # in_dim is the same: see other_models.py
         got = f"the DiT takes {dit.in_dim} channels and gives {dit.out_dim}, the VAE has {vae.z_dim}"
         raise UserError(f"{got}: is it an image-to-video model, or of another version? Get a text-to-video one")
     if dit.text_dim != text_encoder.dim:

@@ -8,7 +8,8 @@ from wan_mini.pipeline import SamplingConfig
 from wan_mini.runs.cli import field_names, with_options
 from wan_mini.runs.folder import read_preset
 
-# Starting values, not swept yet. The shift of the noise levels matters most: a clip's paths are decided at high noise.
+# The shift of the noise levels matters most: a clip's paths are decided at high noise. MotionInversion's and
+# MotionDirector's were chosen by benchmarks/tuning.py on training clips, the others are starting values.
 TINY: dict[str, dict[str, Any]] = {
     "fym": {
         "fit_steps": (200, 200),
@@ -25,12 +26,16 @@ TINY: dict[str, dict[str, Any]] = {
         "fit_decay": (0.0, 0.0),
         "fit_shift": 12.0,
         "rank": 16,
+        "spatial_share": 0.0,
     },
     "motioninversion": {
         "fit_steps": (0, 200),
         "fit_decay": (0.0, 0.0),
         "fit_shift": 12.0,
         "value": "full",
+        "difference": False,
+        "debiased": True,
+        "adapter_strength": 0.7,
     },
     "det": {
         "fit_steps": (0, 200),
