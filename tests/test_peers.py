@@ -335,6 +335,23 @@ def guidance_of(kind, config, wan, inputs, recompute="none"):
     return kind(wan.dit, config=config, recompute=recompute, **inputs)
 
 
+@pytest.mark.parametrize("recompute", ["selective", "block"])
+def test_only_gradients_recompute(wan, inputs, recompute, monkeypatch):
+    """Peers read queries and keys as ReferenceGuidance does."""
+    guidance = guidance_of(MotionClone, MotionCloneConfig(**SMALL), wan, inputs, recompute)
+    forward, seen = wan.dit.forward, []
+
+    def watched(*arguments, **options):
+        seen.append(options["recompute"])
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(wan.dit, "forward", watched)
+    for needs_gradient in (True, False):
+        x = inputs["noise"].clone().requires_grad_(needs_gradient)
+        guidance.queries_keys(x, torch.tensor(500.0), inputs["text"])
+    assert seen == [recompute, "none"]
+
+
 def test_entries_are_the_references(wan, inputs):
     config = MotionCloneConfig(**SMALL)
     guidance = guidance_of(MotionClone, config, wan, inputs)

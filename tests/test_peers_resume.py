@@ -100,7 +100,7 @@ def small(folder, tmp_path_factory):
         yield Small(folder, tmp_path_factory.mktemp("resumed"))
 
 
-MOMENTS = {"ditflow": [0.5], "moft": [0.7], "motionclone": [0.4, 0.6], "flowmotion": [0.6]}
+MOMENTS = {"ditflow": [0.5], "moft": [0.7], "motionclone": [0.3, 0.6], "flowmotion": [0.6]}
 MOMENTS |= {"fym": [0.3, 0.6, 0.9], "det": [0.6]}
 SHARES = [(name, share) for name in CASES for share in MOMENTS[name]]
 

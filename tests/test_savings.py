@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvmt
-from fastvmt import FastVMT, MotionConfig, transfer
+from fastvmt import FastVMT, MotionConfig, Target, transfer
 from losses import window_loss
 from skip_optim import optimize
 from wan_mini.attention import OneProcess
@@ -215,6 +215,17 @@ def test_noise_levels_in_the_wrong_order_are_refused():
     """Else no step would be between them, and classifier-free guidance be off without a word."""
     with pytest.raises(UserError, match="cfg_interval must be the lower noise level"):
         MotionConfig(cfg_interval=(1.0, 0.5))
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_the_guidance_has_the_anchors_of_its_options(guide, every):
+    """Both losses of a run with fewer anchors are those of its pairs: with one anchor, too."""
+    guidance = guide(anchor_every=every)
+    assert guidance.pairs == frame_pairs(4, SMALL.span, every)
+    q, k = torch.randn(2, 1, 4 * 24, 4, 16)
+    flow, windows = guidance.flow(q, k, None)
+    _, window = guidance.losses_of(q, k, Target(flow, None))
+    assert window == window_loss(k, (4, 4, 6), guidance.pairs, windows, every) > 0
 
 
 def test_a_missing_anchor_is_refused():
