@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wan_mini.attention import OneProcess
+from wan_mini.config import latent_shape
 from wan_mini.device.select import exact_float32
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_finite, check_positive, check_range
@@ -179,9 +180,14 @@ def encode(vae: WanVAE, clip: np.ndarray, *, tile: int | None = None, journal: J
     """Clip (T,H,W,3) uint8 -> latents (1,16,F,h,w) float32, on the VAE's device and in true float32.
 
     tile (pixels) bounds memory, see WanVAE. A journal that has the latents gives them, any other keeps them.
+    Raises UserError if a journal's are of another clip.
     """
     device = next(vae.parameters()).device
     if journal is not None and journal.reference is not None:
+        expected = latent_shape(*clip.shape[:3])
+        if journal.reference.shape != expected:
+            got = tuple(journal.reference.shape)
+            raise UserError(f"the reference kept in the state must be {expected}, got {got}: start a new run")
         return journal.reference.to(device)
     with exact_float32(device):
         video = to_tensor(clip).to(device)  # (T,H,W,3) -> (1,3,T,H,W)
