@@ -30,7 +30,7 @@ def ticks(low: float, high: float, step: float) -> list[float]:
 
 
 def document(width: float, height: float, title: str, parts: Sequence[str]) -> str:
-    """A whole SVG: a title for screen readers, a white ground, and the parts in their order."""
+    """A whole SVG: a title for screen readers, a white background, and the parts in their order."""
     size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img">',
