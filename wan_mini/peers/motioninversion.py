@@ -1,7 +1,7 @@
 """MotionInversion (arXiv 2403.20193): learned embeddings in the self-attention, of time for q and k, of position for v.
 
-An embedding of v for each position and frame ("full") becomes its changes from frame to frame when a video is made, which
-takes out what is constant: the look of the clip. By default v has one for each position, which stays as it is.
+An embedding of v for each position and frame ("full") becomes its changes from frame to frame when a video is made,
+which takes out what is constant: the look of the clip. By default v has one for each position, which stays as it is.
 """
 
 from collections.abc import Callable, Iterator, Mapping
