@@ -135,6 +135,10 @@ def test_the_readmes_table_is_of_the_rows_that_ship():
             scores = [float(row["z"]) for row in group]
             expected.append((f"{hits} of 50", f"{abs(min(scores)):.0f}", f"{max(scores):.0f}"))
     assert printed == expected and len(printed) == 15
+    names = dict.fromkeys(row["distortion"] for row in rows)
+    found = {name: int(hits.split()[0]) for name, (hits, _, _) in zip(names, printed)}
+    assert found["none"] == 50 and found["h264_crf23"] >= 48  # what is promised
+    assert found["second_generation"] == 0 and [hits for hits, _, _ in printed[13:]] == ["0 of 50"] * 2
     assert marks.RESULTS.with_suffix(".svg").read_text(encoding="utf-8") == marks.figure(rows)
 
 

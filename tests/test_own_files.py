@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -97,6 +98,62 @@ def test_a_record_beside_latents_is_checked(latents, tmp_path, capsys, case):
     assert main(["--decode", str(tmp_path / "latents.safetensors"), "--out", str(tmp_path / "out")]) == 2
     one_line(capsys, "run.json: ")
     assert not list(tmp_path.rglob("report.html"))
+
+
+ANYTHING = [None, True, -1, 5, 0.5, 1e308, 10**30, "", "x", "<script>", [], [5], ["x"], {}, {"a": 5}]
+ANYTHING += [{"a": {"b": None}}]
+
+
+def variants(settings: dict) -> list[dict]:
+    """The settings with each field, and each field of an object in them, replaced by anything, or taken away."""
+    changed = []
+    for name, value in settings.items():
+        changed += [settings | {name: other} for other in ANYTHING]
+        changed.append({key: kept for key, kept in settings.items() if key != name})
+        if isinstance(value, dict):
+            changed += [settings | {name: inner} for inner in variants(value)]
+    return changed
+
+
+@pytest.mark.parametrize("file", ["latents.safetensors", "run.json"])
+def test_whatever_a_runs_files_hold_is_one_line_or_a_result(latents, tmp_path, capsys, monkeypatch, file):
+    """Some 150 cases for each of both files; only the VAE's work is left out."""
+    tensors, settings = load_tensors(latents)
+    record = json.loads((latents.parent / "run.json").read_text(encoding="utf-8"))
+    frames = np.zeros((5, 32, 32, 3), np.uint8)
+    monkeypatch.setattr("wan_mini.runs.finish.decode_saved", lambda *_: frames)
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    cases = variants(settings if file.startswith("latents") else record)
+    own_scripts = (latents.parent / "report.html").read_text(encoding="utf-8").count("<script")
+    refused = 0
+    for number, changed in enumerate(cases[:: max(1, len(cases) // 150)]):
+        place = tmp_path / str(number)
+        place.mkdir()
+        own = changed if file.startswith("latents") else settings
+        save_file(tensors, place / "latents.safetensors", {"settings": json.dumps(own)})
+        if file == "run.json":
+            (place / "run.json").write_text(json.dumps(changed))
+        code = main(["--decode", str(place / "latents.safetensors"), "--out", str(place / "out")])
+        said = capsys.readouterr()
+        assert code in (0, 2), changed
+        if code == 2:
+            assert said.err.startswith("error: ") and said.err.count("\n") == 1, (changed, said.err)
+            refused += 1
+        page = place / "out" / "report.html"
+        assert not page.exists() or page.read_text(encoding="utf-8").count("<script") == own_scripts
+    assert refused > 20
+
+
+def test_whatever_a_record_holds_a_run_is_resumed_or_refused(stopped, capsys, monkeypatch):
+    """Some 300 cases; the run itself is left out."""
+    record = json.loads((stopped / "run.json").read_text(encoding="utf-8"))
+    monkeypatch.setattr("wan_mini.runs.program.execute", lambda *_, **__: None)
+    cases = variants(record)
+    for changed in cases[:: max(1, len(cases) // 300)]:
+        (stopped / "run.json").write_text(json.dumps(changed))
+        code = main(["--resume", str(stopped)])
+        said = capsys.readouterr().err
+        assert code == 0 or (code == 2 and said.startswith("error: ") and said.count("\n") == 1), (changed, said)
 
 
 def test_a_failed_decode_leaves_no_folder_that_refuses_the_next(latents, tmp_path, capsys, monkeypatch):

@@ -320,6 +320,19 @@ def test_the_tiny_models_clip_is_found(marked, capsys):
     assert second.startswith("this noise: seed 5, agreement 5") and "(from its frame 0, 0 latent frames" in second
 
 
+@pytest.mark.skipif(not is_installed(), reason="needs ffmpeg")
+def test_the_mark_survives_h264(marked, tmp_path, capsys):
+    """The settings lie in the mp4's comment; without them, seed and key are given."""
+    frames = read_video(marked)
+    plain = write_video(tmp_path / "plain.mp4", frames, 16)
+    assert main([str(plain), "--seed", "5", "--key", "studio", "--quick", *CPU]) == 0
+    assert main([str(plain), "--seed", "6", "--key", "studio", "--quick", *CPU]) == 1
+    capsys.readouterr()
+    described = write_video(tmp_path / "described.mp4", frames, 16, {"seed": 5, "key": "studio"})
+    assert main([str(described), "--quick", *CPU]) == 0
+    assert "seed 5, key 'studio'" in capsys.readouterr().out
+
+
 def test_without_metadata_a_search_finds_the_seed_but_not_another_key(marked, tmp_path, capsys):
     with Image.open(marked) as file:
         assert file.n_frames == 17

@@ -127,7 +127,7 @@ def command_of(settings: Mapping[str, Any]) -> str:
                 words += [f"--{name.replace('_', '-')}", str(settings[name])]
         return shlex.join(words)
     words.append("--set")
-    for name, value in {**settings["clip"], **settings["config"]}.items():
+    for name, value in {**settings["clip"], **settings.get("config", {})}.items():
         text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
         words.append(f"{name}={text}")
     return shlex.join(words)
