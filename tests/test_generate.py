@@ -1,7 +1,11 @@
 """Plain text-to-video, and the pieces both programs share."""
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +22,7 @@ from wan_mini.runs.folder import load_tensors
 from wan_mini.video import read_video
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,17 @@ def test_a_bug_shows_where_it_is():
     """A ValueError that is no UserError is a bug."""
     with pytest.raises(ValueError, match="bug"):
         run(lambda argv: (_ for _ in ()).throw(ValueError("bug")))
+
+
+def test_what_was_said_first_comes_first_in_a_file(tmp_path):
+    """A program's output in a file is buffered, its errors are not."""
+    words = 'raise UserError("mend me")'
+    code = "from wan_mini.errors import UserError\nfrom wan_mini.runs.cli import run\ndef main(_):\n    print('note')\n"
+    command = [sys.executable, "-c", f"{code}    {words}\nrun(main, [])"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run(command, stdout=log, stderr=log, env=environment | {"PYTHONPATH": str(ROOT)}, check=False)
+    assert (tmp_path / "log").read_text().split("\n") == ["note", "error: mend me", ""]
 
 
 def test_the_traceback_is_shown_on_request(capsys):

@@ -181,12 +181,14 @@ def run(main: Callable[[list[str] | None], int | None], argv: list[str] | None =
         with signals_stop():
             return main(argv) or 0
     except KeyboardInterrupt as stop:
+        sys.stdout.flush()  # in a file that takes both, what was said first comes first
         print("; ".join(["stopped", *_advice(stop)]), file=sys.stderr)
         return 130
     except (UserError, OSError, FloatingPointError, RuntimeError, MemoryError) as error:
         message = _one_line(error)
         if message is None:
             raise  # a bug: show its traceback
+        sys.stdout.flush()
         if show_traceback:
             traceback.print_exc()
         print("; ".join([f"error: {message}", *_advice(error)]), file=sys.stderr)
