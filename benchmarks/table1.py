@@ -28,11 +28,12 @@ from torch import Tensor
 import fastvmt
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.fidelity import chance_levels, unrelated_clip
-from benchmarks.metrics.rows import Row, append_rows, ranks, read_rows, start_rows, table
+from benchmarks.metrics.flags import add_clip_flags
+from benchmarks.metrics.rows import Row, append_rows, check_settings, ranks, read_rows, start_rows, table
 from benchmarks.metrics.world import quality
 from wan_mini.config import latent_shape
 from wan_mini.device.memory import GB, Gradient, gradient_bytes, module_bytes
-from wan_mini.device.select import DTYPES, device_of_process, pick_dtype
+from wan_mini.device.select import device_of_process, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_wan
@@ -42,7 +43,6 @@ from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import Parser, run
 from wan_mini.runs.jobs import JobQueue
 from wan_mini.runs.request import load_preset
-from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import SPLITS, Clip, make_clip, other_scene, score
 
 Run = Callable[[Wan, Clip, str, int], Transfer]  # model, reference, prompt, seed
@@ -179,26 +179,12 @@ def rows_of(
                 yield {**head, "method": name, "settings": settings, **method_row(entry, wan, clip, number)}
 
 
-def check_settings(rows: Sequence[Row], methods: Mapping[str, Entry], hashes: Mapping[str, str], path: Path) -> None:
-    """Raises UserError if rows of one of the methods were made with other options or weights."""
-    for row in rows:
-        entry = methods.get(row["method"])
-        if entry is not None and row["settings"] != settings_of(entry.config, hashes):
-            raise UserError(f"{path} has rows of {row['method']} with other options or weights: choose another --csv")
-
-
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m benchmarks.table1", description="FastVMT beside its peers, against true motion.")
-    p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with a motion.json (the tiny model)")
+    add_clip_flags(p, RESULTS, clips=50)
     p.add_argument("--split", choices=SPLITS, default="held-out", help="of the world's clips (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="any integer: which of them (%(default)s)")
-    p.add_argument("--clips", type=int, default=50, help="how many, of the four kinds in turn (%(default)s)")
     p.add_argument("--methods", nargs="+", metavar="NAME", help='some of the table\'s, such as fastvmt "moft, equal"')
-    p.add_argument("--csv", type=Path, default=RESULTS, help="one row a clip and method (%(default)s)")
-    p.add_argument("--show", action="store_true", help="run nothing, print the table of the CSV")
-    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
     return p
 
 
@@ -208,7 +194,8 @@ def run_missing(args: Namespace, known: Mapping[str, Entry], names: Sequence[str
     device = device_of_process(args.device)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
     methods = {name: known[name] for name in names}
-    check_settings(rows, methods, wan.hashes, args.csv)
+    settings = {name: settings_of(entry.config, wan.hashes) for name, entry in methods.items()}
+    check_settings(rows, settings, args.csv)
     done = {(row["clip"], row["method"]) for row in rows}
     clips = clip_seeds(args.seed, args.clips)
     options = {name: asdict(entry.config) for name, entry in known.items()}

@@ -18,15 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evaluate import clip_seeds
-from benchmarks.metrics.rows import Row, append_rows, mean_cell, read_rows
+from benchmarks.metrics.flags import add_clip_flags
+from benchmarks.metrics.rows import Row, append_rows, check_settings, mean_cell, read_rows
 from benchmarks.table1 import settings_of
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import pick_device, pick_dtype
 from wan_mini.errors import UserError, check_range
 from wan_mini.load import Wan, load_wan
 from wan_mini.peers import adapted, presets
 from wan_mini.peers.methods import METHODS
 from wan_mini.runs.cli import Parser, run
-from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import Clip, make_clip, other_scene, score
 
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
@@ -124,14 +124,8 @@ def table(rows: Sequence[Row]) -> str:
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m benchmarks.tuning", description="Options of the methods that train, on training clips.")
-    p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with a motion.json (the tiny model)")
-    p.add_argument("--seed", type=int, default=3, help="any integer: which of the clips (%(default)s)")
-    p.add_argument("--clips", type=int, default=4, help="how many, of the four kinds in turn (%(default)s)")
+    add_clip_flags(p, RESULTS, clips=4, seed=3)
     p.add_argument("--only", nargs="+", metavar="NAME", help="some candidates (all)")
-    p.add_argument("--csv", type=Path, default=RESULTS, help="one row a clip and video (%(default)s)")
-    p.add_argument("--show", action="store_true", help="run nothing, print the table of the CSV")
-    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
     return p
 
 
@@ -145,9 +139,7 @@ def run_missing(args: Namespace, names: Sequence[str]) -> None:
             config = options_of(CANDIDATES[name], args.model, strength)
             settings[row_name(name, strength)] = settings_of(config, wan.hashes)
     rows = read_rows(args.csv, MEASURES)
-    for row in rows:
-        if row["settings"] != settings.get(row["method"], row["settings"]):
-            raise UserError(f"{args.csv} has rows of {row['method']} with other options: choose another --csv")
+    check_settings(rows, settings, args.csv)
     done = {(row["clip"], row["method"]) for row in rows}
     append_rows(rows_of(wan, args.model, names, clip_seeds(args.seed, args.clips), done), args.csv, MEASURES)
 

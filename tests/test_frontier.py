@@ -142,7 +142,7 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     frontier.program([*flags, "--show"])
     assert len(calls) == 3
     append_rows(iter([row("1", "dense")]), file, MEASURES)
-    with pytest.raises(UserError, match="rows of dense with other settings"):
+    with pytest.raises(UserError, match="rows of dense with other options or weights"):
         frontier.program(flags)
 
 

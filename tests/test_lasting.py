@@ -85,11 +85,20 @@ def at_event(patch: pytest.MonkeyPatch, moment: int, act) -> list[int]:
     return seen
 
 
-@pytest.fixture(scope="module")
-def small(folder, tmp_path_factory):
+def make_small(folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", "")  # a WebP takes less time than ffmpeg's start
         yield Small(folder, tmp_path_factory.mktemp("small"))
+
+
+def make_latents(small) -> Path:
+    out = small.out()
+    assert main(small.argv(out)) == 0
+    return out / "latents.safetensors"
+
+
+small = pytest.fixture(scope="module")(make_small)
+latents = pytest.fixture(scope="module")(make_latents)
 
 
 @pytest.fixture(scope="module")
@@ -437,13 +446,6 @@ def test_a_log_that_nobody_reads_stops_no_run(tmp_path, tail):
 
 
 # --decode.
-
-
-@pytest.fixture(scope="module")
-def latents(small) -> Path:
-    out = small.out()
-    assert main(small.argv(out)) == 0
-    return out / "latents.safetensors"
 
 
 def test_decode_takes_what_applies(small, latents, tmp_path, monkeypatch, capsys):

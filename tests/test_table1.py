@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from benchmarks import table1
+from benchmarks import table1, tuning
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics import fidelity
-from benchmarks.metrics.rows import COLUMNS, MEASURES, append_rows, ranks, read_rows, table
+from benchmarks.metrics.rows import COLUMNS, MEASURES, append_rows, check_settings, ranks, read_rows, table
 from wan_mini.device.memory import module_bytes
 from wan_mini.errors import UserError
 from wan_mini.load import load_wan
@@ -179,6 +180,25 @@ def row_of(method: str, clip: str, correlation: float, seconds: float) -> dict:
         "correlation": correlation,
         "seconds": seconds,
     }
+
+
+def test_the_rows_that_ship_are_of_todays_options_and_weights():
+    """Else a run that goes on would refuse them, and the page tell of other methods."""
+    wan = load_wan(CHECKPOINT, device="cpu", dtype=torch.float32)
+    entries = table1.entries(CHECKPOINT)
+    settings = {name: table1.settings_of(entry.config, wan.hashes) for name, entry in entries.items()}
+    check_settings(read_rows(table1.RESULTS), settings, table1.RESULTS)
+    assert json.loads(table1.RESULTS.with_suffix(".json").read_text()) == json.loads(
+        json.dumps({name: asdict(entry.config) for name, entry in entries.items()})
+    )
+    tried = {}
+    for name, candidate in tuning.CANDIDATES.items():
+        for strength in candidate.strengths:
+            config = tuning.options_of(candidate, CHECKPOINT, strength)
+            tried[tuning.row_name(name, strength)] = table1.settings_of(config, wan.hashes)
+    rows = read_rows(tuning.RESULTS, tuning.MEASURES)
+    check_settings(rows, tried, tuning.RESULTS)
+    assert {row["method"] for row in rows} == set(tried)
 
 
 def test_ranks_are_over_the_clips_that_all_have():

@@ -75,7 +75,8 @@ def test_rows_of_other_options_are_refused(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(CANDIDATES, "det: ten times the rate", Candidate("det", {"rank": 8}))
     assert run(tuning.program, words) == 2
     assert (
-        "has rows of det: ten times the rate, x 0.7 with other options: choose another --csv" in capsys.readouterr().err
+        "has rows of det: ten times the rate, x 0.7 with other options or weights: choose another --csv"
+        in capsys.readouterr().err
     )
     assert run(tuning.program, ["--only", "nothing"]) == 2
     assert "got --only nothing: choose from fym: all heads" in capsys.readouterr().err

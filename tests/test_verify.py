@@ -32,6 +32,8 @@ from wan_mini.verify import (
     main,
     match,
     offsets,
+    parser,
+    read_clip,
     z_score,
 )
 from wan_mini.video import read_video, write_video
@@ -293,6 +295,13 @@ def test_sizes_that_nothing_holds_are_refused_at_once(flags, tmp_path, capsys, m
     monkeypatch.setattr(verify_module, "read_video", lambda *_, **__: pytest.fail("the clip was read"))
     assert main([str(tmp_path / "a.webp"), *flags.split(), *CPU]) == 2
     assert "must be at most" in capsys.readouterr().err
+
+
+def test_a_long_original_of_small_frames_is_no_error(tmp_path):
+    """Its size is checked with the clip's own height and width, not with a large clip's."""
+    clip = write_video(tmp_path / "a.webp", np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8), 16)
+    args = parser().parse_args([str(clip), "--frames", "9997"])
+    assert read_clip(clip, args, {})[1] == (9997, 32, 48)
 
 
 @pytest.fixture(scope="module")

@@ -174,8 +174,10 @@ def read_comment(path: Path) -> str:
     except (FfmpegFailed, subprocess.TimeoutExpired):
         return ""
     text = done.stdout.decode(errors="replace")
-    comment = re.search(r"^comment=((?:[^\\\n]|\\[\s\S])*)", text[:LONGEST_METADATA], re.MULTILINE)
-    if comment is None or len(text) > LONGEST_METADATA:
+    if len(text) > LONGEST_METADATA:
+        return ""
+    comment = re.search(r"^comment=((?:[^\\\n]|\\[\s\S])*)", text, re.MULTILINE)
+    if comment is None:
         return ""
     return re.sub(r"\\([\s\S])", r"\1", comment[1])
 

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+SEEDS = (-(2**63), 2**64 - 1)  # the least and the greatest that torch's generator takes
+
 
 def start_noise(shape: Sequence[int], seed: int, key: str = "", model: str = "") -> Tensor:
     """Standard normal noise of a shape such as (1,16,F,h,w), float32 on the CPU; equal arguments give equal bytes.

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wan_mini.config import TIME_STRIDE, ClipConfig, latent_frames, latent_shape, valid_frames
+from wan_mini.config import TIME_STRIDE, TOKEN_SIZE, ClipConfig, latent_frames, latent_shape, valid_frames
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.dit import WanDiT
 from wan_mini.errors import UserError, check_range
@@ -43,6 +43,7 @@ from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.video import MIN_FRAMES, read_video
 
 STEPS = 25
+SMALLEST = {"frames": MIN_FRAMES, "height": TOKEN_SIZE, "width": TOKEN_SIZE}  # clip
 RATE = 1e-6  # the mark counts as found below this false-positive rate
 SEEDS = 1000  # that are tried where none is given
 
@@ -202,7 +203,7 @@ def read_clip(clip: Path, args: Any, claim: dict[str, Any]) -> tuple[np.ndarray,
     if "frames" in given:
         check_range("frames", given["frames"], MIN_FRAMES, MAX_FRAMES)
         latent_frames(given["frames"])
-    ClipConfig(**given)  # refused before anything is read
+    ClipConfig(**{**SMALLEST, **given})  # refused before anything is read
     frames = read_video(clip)
     own = dict(zip(SIZES, frames.shape[:3], strict=True))
     original = ClipConfig(**{**own, **believable_size(claim, frames.shape), **given})

@@ -15,15 +15,15 @@ import numpy as np
 import fastvmt
 from benchmarks.evaluate import clip_seeds
 from benchmarks.metrics.energy import EnergyMeter
-from benchmarks.metrics.rows import Row, append_rows, read_rows, values_of
+from benchmarks.metrics.flags import add_clip_flags
+from benchmarks.metrics.rows import Row, append_rows, check_settings, read_rows, values_of
 from benchmarks.metrics.world import quality
 from benchmarks.table1 import settings_of
-from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.device.select import pick_device, pick_dtype
 from wan_mini.errors import UserError
 from wan_mini.load import Wan, load_wan
 from wan_mini.pipeline import Transfer
 from wan_mini.runs.cli import Parser
-from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.world import SPLITS, Clip, make_clip, other_scene, score
 
 QUALITY = ("correlation", "error_px", "subject", "shape_ok", "color_ok")
@@ -108,15 +108,9 @@ def rows_of(
 
 def add_flags(p: Parser, results: Path, clips: int) -> None:
     """The flags of a program that runs points."""
-    p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with a motion.json (the tiny model)")
+    add_clip_flags(p, results, clips=clips)
     p.add_argument("--split", choices=SPLITS, default="held-out", help="of the world's clips (%(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="any integer: which of them (%(default)s)")
-    p.add_argument("--clips", type=int, default=clips, help="how many, of the four kinds in turn (%(default)s)")
     p.add_argument("--points", nargs="+", metavar="NAME", help="some of them (all)")
-    p.add_argument("--csv", type=Path, default=results, help="one row a clip and point (%(default)s)")
-    p.add_argument("--show", action="store_true", help="run nothing, show what the CSV has")
-    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
-    p.add_argument("--dtype", choices=list(DTYPES), help="bfloat16 where native, else float32")
 
 
 def run_points(args: Any, points: Mapping[str, Point]) -> list[Row]:
@@ -134,10 +128,8 @@ def run_points(args: Any, points: Mapping[str, Point]) -> list[Row]:
         return rows
     device = pick_device(args.device)
     wan = load_wan(args.model, device=device, dtype=pick_dtype(device, args.dtype))
-    for row in rows:
-        point = points.get(row["method"])
-        if point is not None and row["settings"] != settings_of_point(point, wan.hashes):
-            raise UserError(f"{args.csv} has rows of {row['method']} with other settings: choose another --csv")
+    settings = {name: settings_of_point(point, wan.hashes) for name, point in points.items()}
+    check_settings(rows, settings, args.csv)
     done = {(row["clip"], row["method"]) for row in rows}
     chosen = {name: points[name] for name in names}
     append_rows(rows_of(wan, chosen, clip_seeds(args.seed, args.clips), args.split, done), args.csv, MEASURES)

@@ -1,7 +1,7 @@
 """Rows of a table of methods: a CSV that a stopped run goes on with, and what is printed of it."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,13 @@ def append_rows(rows: Iterator[Row], path: Path, measures: Sequence[str] = MEASU
             writer.writerow(cells)
             file.flush()
             print(row["clip"], row["method"], flush=True)
+
+
+def check_settings(rows: Sequence[Row], settings: Mapping[str, str], path: Path) -> None:
+    """Raises UserError if rows of one of these methods were made with other options or weights; {method: settings}."""
+    for row in rows:
+        if row["settings"] != settings.get(row["method"], row["settings"]):
+            raise UserError(f"{path} has rows of {row['method']} with other options or weights: choose another --csv")
 
 
 def values_of(rows: Sequence[Row], name: str, measure: str) -> dict[str, float]:

@@ -13,11 +13,11 @@ from wan_mini.config import MAX_SIDE, MAX_TOKENS, TIME_STRIDE, valid_size
 from wan_mini.errors import UserError
 from wan_mini.images import ANIMATION_FORMATS, open_image
 from wan_mini.json_file import MAX_BYTES, parse_json
+from wan_mini.noise import SEEDS
 from wan_mini.video import EXIF_IMAGE_DESCRIPTION, VIDEO_EXTENSIONS
 
 SIZES = ("frames", "height", "width")
 CLAIMS = ("seed", "key", *SIZES)  # what a clip's metadata may say of its original
-SEED_RANGE = (-(2**63), 2**64)  # as --seed takes them
 TIMES = (16, 4)  # how many times its own frames, and its own pixels, a clip may say that its original had
 
 
@@ -53,8 +53,8 @@ def _is_sound(name: str, value: object) -> bool:
     """Whether a claim, which anybody may have written, has a type and size to work with."""
     if name == "key":
         return isinstance(value, str)
-    low, high = SEED_RANGE if name == "seed" else (1, MAX_TOKENS)
-    return type(value) is int and low <= value < high
+    low, high = SEEDS if name == "seed" else (1, MAX_TOKENS)
+    return type(value) is int and low <= value <= high
 
 
 def believable_size(claim: Mapping[str, Any], shape: Sequence[int]) -> dict[str, int]:

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, TextIO, TypeVar, cast, get_args, get_type_hint
 import torch
 
 from wan_mini.errors import CONTROLS, UserError, printable
+from wan_mini.noise import SEEDS
 
 Config = TypeVar("Config")
 
@@ -49,7 +50,7 @@ def new_path(text: str) -> Path:
 
 def seed_number(text: str) -> int:
     """The seed of a random generator, as an argument's type."""
-    if not re.fullmatch(r"[-+]?\d{1,20}", text) or not -(2**63) <= int(text) < 2**64:
+    if not re.fullmatch(r"[-+]?\d{1,20}", text) or not SEEDS[0] <= int(text) <= SEEDS[1]:
         raise argparse.ArgumentTypeError(f"needs a seed from -2^63 to 2^64 - 1, got {text}")
     return int(text)
 

@@ -4,6 +4,7 @@ from wan_mini.config import MAX_FPS, MAX_SIDE, MAX_TOKENS, TOKEN_SIZE
 from wan_mini.device.offload import OFFLOAD
 from wan_mini.dit import RECOMPUTE
 from wan_mini.json_file import anything, array, boolean, choice, integer, mapping, number, optional, record, text
+from wan_mini.noise import SEEDS
 from wan_mini.scheduler import MAX_STEPS
 
 PATH = text(10_000)
@@ -28,7 +29,7 @@ RUN = record(
         "ref_sha256": text(100),
         "ref_prompt": optional(WORDS),
         "prompt": WORDS,
-        "seed": integer(-(2**63), 2**64 - 1),
+        "seed": integer(*SEEDS),
         "loras": array(PATH, 1000),
         "label": text(1000),
         "device": text(100),
