@@ -79,4 +79,4 @@ def test_rows_of_other_options_are_refused(runs, tmp_path, capsys, monkeypatch):
         in capsys.readouterr().err
     )
     assert run(tuning.program, ["--only", "nothing"]) == 2
-    assert "got --only nothing: choose from fym: all heads" in capsys.readouterr().err
+    assert "got --only nothing: choose from fym: preset; fym: all heads" in capsys.readouterr().err

@@ -125,12 +125,19 @@ def decode_frames(wan: Wan, latents: Tensor, dtype: torch.dtype) -> np.ndarray:
     return np.stack([to_uint8(fast_vae.decode(wan.vae, one, dtype)) for one in latents.split(1)])
 
 
-def sample(wan: Wan, prompts: list[str], frames: int, steps: int, dtype: torch.dtype) -> np.ndarray:
+def sample(
+    wan: Wan,
+    prompts: list[str],
+    frames: int,
+    steps: int,
+    dtype: torch.dtype,
+    size: tuple[int, int] = (HEIGHT, WIDTH),
+) -> np.ndarray:
     """Videos of prompts, (B,4F-3,H,W,3) uint8, by Euler steps with classifier-free guidance, from fixed noise.
 
-    frames: latent frames F.
+    frames: latent frames F. size: height and width in pixels.
     """
-    shape = (len(prompts), *latent_shape(frames_of(frames), HEIGHT, WIDTH)[1:])
+    shape = (len(prompts), *latent_shape(frames_of(frames), *size)[1:])
     latents = normal(np.random.default_rng(0), torch.empty(shape, device=wan.device))
     text = text_of(wan, [*prompts, *[EMPTY] * len(prompts)])
     scheduler = FlowEuler(steps, SHIFT)

@@ -1,0 +1,326 @@
+"""What parts of the tiny DiT's recipe are worth: one of them changed at a time, for as many steps.
+
+    python -m benchmarks.ablations                                  # all; a stopped run goes on
+    python -m benchmarks.ablations --seed 1 --only recipe "rates x 2"
+    python -m benchmarks.ablations --show
+
+The steps are the recipe's first ones, on close-ups, where shapes are learned, with the VAE of a finished checkpoint.
+A row of the CSV is one training; samples are of scenes that no training draws, and the attribute classifier judges.
+"""
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.random import Generator
+from torch import Tensor
+
+from benchmarks.metrics.rows import Row, append_rows, check_settings, read_rows
+from benchmarks.table1 import settings_of
+from wan_mini.config import TINY, TINY_UMT5, DiTConfig
+from wan_mini.device.select import DTYPES, pick_device, pick_dtype
+from wan_mini.dit import Block, WanDiT
+from wan_mini.errors import UserError, check_range
+from wan_mini.hashes import sha256_file
+from wan_mini.load import Wan, load_vae
+from wan_mini.runs.cli import Parser, run
+from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.tiny.training import fast_dit
+from wan_mini.tiny.training.data import CLOSEUP, Encoder, Pool, Sampler, crop_object
+from wan_mini.tiny.training.dit import Example, MakeEncoder, make_example, make_tokenizer
+from wan_mini.tiny.training.probe import UNSEEN, decode_frames, held_out_scenes, sample, shares, shown, text_of
+from wan_mini.tiny.training.recipe import DIT, Batch, Phase, Recipe, Stream
+from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
+from wan_mini.tiny.training.vae import VAE_FILE, normal, psnr
+from wan_mini.tiny.world import SHAPES, Clip, make_clip
+from wan_mini.umt5 import UMT5Encoder
+
+RESULTS = Path(__file__).parent / "results" / "ablations.csv"
+MEASURES = (
+    "color_ok",
+    "background_ok",
+    "shape_ok",
+    "shape_held_out",
+    "wrong_shape",
+    "psnr_05",
+    "psnr_07",
+    "psnr_09",
+    "parameters",
+    "minutes",
+)
+SAMPLES = 48  # close-ups of training pairs of shape and color, and half as many of held-out pairs
+SAMPLE_STEPS = 16
+SMALL = (48, 64)  # height and width in pixels of a close-up at two thirds of its scale
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What may differ from the recipe's first phase."""
+
+    dit: DiTConfig = TINY
+    items: int = 64  # of a batch
+    rate: float = 1.0  # times the recipe's rates
+    cached: bool = False  # the same 1,024 close-ups again and again
+    small: bool = False  # everything at two thirds of its scale, so that a shape is a matter of fewer tokens
+    routed: bool = False  # half of the tokens pass by the blocks between the second and the last
+    contrast: float = 0.0  # how much the velocity is pushed away from another item's
+    dropout: float = DIT.dropout  # share of captions that are left out
+    ema: float = DIT.ema
+
+
+ABLATIONS = {
+    "recipe": Ablation(),
+    "batch of 16": Ablation(items=16),
+    "batch of 32": Ablation(items=32),
+    "rates x 1/2": Ablation(rate=0.5),
+    "rates x 2": Ablation(rate=2.0),
+    "1,024 close-ups, cached": Ablation(cached=True),
+    "two thirds of the scale": Ablation(small=True),
+    "half of the tokens routed past the middle": Ablation(routed=True),
+    "contrastive, 0.05": Ablation(contrast=0.05),
+    "every caption kept": Ablation(dropout=0.0),
+    "4 blocks of width 240": Ablation(dit=replace(TINY, dim=240, ffn_dim=960, num_layers=4)),
+    "9 blocks of width 144": Ablation(dit=replace(TINY, dim=144, ffn_dim=576, num_layers=9)),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All numbers that a training depends on."""
+
+    ablation: Ablation
+    recipe: Recipe
+
+
+class KeptPool(Pool):
+    """Shards that several trainings draw from: nothing is thrown away."""
+
+    def forget(self, stream: Stream, first: int) -> None:
+        """Drop the shards before number `first` from memory alone."""
+        for name, number in list(self.open):
+            if name == stream.name and number < first:
+                del self.open[name, number]
+
+
+def recipe_of(ablation: Ablation, steps: int) -> Recipe:
+    """The recipe's first phase in so many steps, with what the ablation changes; rates fall over the last quarter."""
+    closeups = DIT.streams[0]
+    if ablation.cached:
+        closeups = replace(closeups, window=4, reuse=float(steps * ablation.items))
+    return replace(
+        DIT,
+        streams=(closeups,),
+        phases=(Phase(steps, (Batch("closeups", 1, ablation.items),)),),
+        muon_lr=ablation.rate * DIT.muon_lr,
+        adam_lr=ablation.rate * DIT.adam_lr,
+        decay=steps // 4,
+        ema=ablation.ema,
+        dropout=ablation.dropout,
+    )
+
+
+def ablation_loss(ablation: Ablation, dit: WanDiT, example: Example, rng: Generator, dtype: torch.dtype) -> Tensor:
+    """Error of the velocity, less `contrast` times its distance from the velocity of the batch's next item -> ().
+
+    Source of the second term: contrastive flow matching (arXiv 2506.05350).
+    """
+    level = example.sigma.to(example.clean.device)[:, None, None, None, None]  # (B,) -> (B,1,1,1,1)
+    noisy = (1 - level) * example.clean + level * example.noise
+    target = example.noise - example.clean
+    timestep = 1000 * example.sigma
+    if ablation.routed:
+        velocity = routed_velocity(dit, noisy, timestep, example.text, rng, dtype)
+    else:
+        velocity, _ = fast_dit.velocity(dit, noisy, timestep, example.text, dtype)
+    loss = F.mse_loss(velocity, target)
+    return loss - ablation.contrast * F.mse_loss(velocity, target.roll(1, dims=0))
+
+
+def routed_velocity(
+    dit: WanDiT, latents: Tensor, timestep: Tensor, text: Tensor, rng: Generator, dtype: torch.dtype
+) -> Tensor:
+    """Velocity as by fast_dit.velocity, but half of the tokens skip the blocks between the second and the last.
+
+    Source: TREAD (arXiv 2501.04765). There each item draws its own tokens; here one draw serves the batch.
+    """
+    x, time, modulation, text, rope = dit.embed(latents, timestep, text)
+    text = text.to(dtype)
+    cos, sin = (wave.repeat_interleave(2, -1) for wave in rope)  # (N,1,D/2) -> (N,1,D): one for each channel
+    tokens = x.shape[1]
+    kept = torch.from_numpy(np.sort(rng.permutation(tokens)[: tokens // 2])).to(x.device)  # (N/2,)
+    block_forward = fast_dit.compiled(fast_dit.block_forward, False)
+    for index, block in enumerate(dit.blocks):
+        assert isinstance(block, Block)
+        if 1 < index < len(dit.blocks) - 1:
+            some = block_forward(block, x[:, kept], modulation, text, cos[kept], sin[kept])  # (B,N/2,C)
+            x = x.index_copy(1, kept, some)
+        else:
+            x = block_forward(block, x, modulation, text, cos, sin)
+    return dit.unpatchify(dit.head(x, time), dit.grid(latents))
+
+
+def shrink(frames: np.ndarray) -> np.ndarray:
+    """Close-ups (n,1,80,96,3) uint8 at two thirds of their scale, (n,1,48,64,3); four rows at each edge are cut."""
+    pixels = torch.from_numpy(frames[:, 0, 4:-4]).movedim(-1, 1).float()  # (n,1,80,96,3) -> (n,3,72,96)
+    small = F.interpolate(pixels, SMALL, mode="area").round().byte()
+    return small.movedim(1, -1)[:, None].numpy()  # (n,3,48,64) -> (n,1,48,64,3)
+
+
+def train(ablation: Ablation, steps: int, job: Job, data: Path, model: Path) -> Row:
+    """Train as the ablation says, with the VAE of the checkpoint folder `model`, and judge the result."""
+    encode_whole = MakeEncoder(model, job.dtype)()
+
+    def encode(frames: np.ndarray) -> np.ndarray:
+        return encode_whole(shrink(frames) if ablation.small else frames)
+
+    recipe = recipe_of(ablation, steps)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        text_encoder = UMT5Encoder(TINY_UMT5).half().float()  # before the DiT, so that all have the same
+        dit = WanDiT(ablation.dit)
+    sampler = Sampler(KeptPool(data / ("small" if ablation.small else "whole"), encode), recipe.streams)
+    trainer = Trainer("dit", recipe, job, dit, sampler)
+    vae = load_vae(model / VAE_FILE, device=job.device, dtype=torch.float32)
+    tokenizer = make_tokenizer(job.work / "tokenizer.json", recipe.captions)
+    wan = Wan(trainer.ema, vae, text_encoder.requires_grad_(False).to(job.device), tokenizer, "tiny")
+    judge = Judge(encode, SMALL if ablation.small else CLOSEUP, job.dtype)
+
+    def loss_of(dit: WanDiT, items: Items, batch: Batch, rng: Generator) -> tuple[Tensor, Figures]:
+        example = make_example(items, batch, rng, wan, recipe, job.device)
+        return ablation_loss(ablation, dit, example, rng, job.dtype), {}
+
+    trainer.run(loss_of, lambda: judge.report(wan))
+    parameters = sum(weight.numel() for weight in dit.parameters())
+    minutes = sum(entry["step_s"] for entry in trainer.losses) / 60
+    return {**judge.figures, "parameters": parameters, "minutes": minutes}
+
+
+class Judge:
+    """Close-ups that no training draws, and how well a model makes and restores such."""
+
+    def __init__(self, encode: Encoder, size: tuple[int, int], dtype: torch.dtype):
+        self.size = size
+        self.dtype = dtype
+        self.scenes = [make_clip(UNSEEN + number, "single", frames=[16]) for number in range(SAMPLES)]
+        self.scenes += held_out_scenes(SAMPLES // 2)
+        crops = [crop_object(clip, UNSEEN + number) for number, clip in enumerate(self.scenes[:SAMPLES])]
+        self.latents = torch.from_numpy(encode(np.stack(crops))).float()  # (n,16,1,h,w)
+        self.figures: Row = {}  # the last ones
+
+    @torch.no_grad()
+    def report(self, wan: Wan) -> np.ndarray:
+        """Measure, and return all samples as one picture (rows,columns,3), eight in a row."""
+        captions = [scene.caption for scene in self.scenes]
+        videos = sample(wan, captions, 1, SAMPLE_STEPS, self.dtype, self.size)  # (n,1,H,W,3)
+        attributes = [shown(video, scene) for video, scene in zip(videos, self.scenes, strict=True)]
+        known = captions[:SAMPLES]
+        wrong = [name_another_shape(scene) for scene in self.scenes[:SAMPLES]]
+        self.figures = {
+            **shares(attributes[:SAMPLES]),
+            "shape_held_out": shares(attributes[SAMPLES:])["shape_ok"],
+            "wrong_shape": self.loss(wan, wrong) - self.loss(wan, known),
+        }
+        clean = decode_frames(wan, self.latents.to(wan.device), self.dtype)
+        for sigma in (0.5, 0.7, 0.9):
+            noisy, velocity = self.denoise(wan, known, sigma)
+            restored = decode_frames(wan, noisy - sigma * velocity, self.dtype)
+            self.figures[f"psnr_{10 * sigma:02.0f}"] = psnr(restored, clean)
+        height, width = self.size
+        tiles = videos[:, 0].reshape(-1, 8, height, width, 3)  # (n,1,H,W,3) -> (n/8,8,H,W,3)
+        return tiles.swapaxes(1, 2).reshape(-1, 8 * width, 3)  # -> (n/8,H,8,W,3) -> (nH/8,8W,3)
+
+    def denoise(self, wan: Wan, captions: Sequence[str], sigma: float) -> tuple[Tensor, Tensor]:
+        """The close-ups at a noise level, and their velocities with these captions, both (n,16,1,h,w)."""
+        clean = self.latents.to(wan.device)
+        noisy = (1 - sigma) * clean + sigma * normal(np.random.default_rng(0), clean)
+        timestep = torch.full((len(clean),), 1000 * sigma)
+        velocity, _ = fast_dit.velocity(wan.dit, noisy, timestep, text_of(wan, list(captions)), self.dtype)
+        return noisy, velocity
+
+    def loss(self, wan: Wan, captions: Sequence[str], sigma: float = 0.8) -> float:
+        """Mean squared error of the velocities with these captions."""
+        noisy, velocity = self.denoise(wan, captions, sigma)
+        true = (noisy - self.latents.to(wan.device)) / sigma  # noise - clean
+        return float(F.mse_loss(velocity, true))
+
+
+def name_another_shape(scene: Clip) -> str:
+    """A single object's caption with the next shape's word in the place of its own."""
+    names = list(SHAPES)
+    shape = scene.objects[0][0]
+    other = SHAPES[names[(names.index(shape) + 1) % len(names)]].nouns[0]
+    nouns = "|".join(SHAPES[shape].nouns)
+    return re.sub(rf"\b({nouns})\b", other, scene.caption)
+
+
+def rows_of(args: Namespace, names: Sequence[str], done: set[tuple[str, str]]) -> Iterator[Row]:
+    """One row for each ablation whose (seed, name) is not in `done`."""
+    device = pick_device(args.device)
+    dtype = pick_dtype(device, args.dtype)
+    for name in names:
+        if (str(args.seed), name) in done:
+            continue
+        work = args.work / f"{args.seed}-{list(ABLATIONS).index(name)}"
+        work.mkdir(parents=True, exist_ok=True)
+        job = Job(work, work, device, dtype, args.seed)
+        print(f"{name}: samples in {work}", flush=True)
+        head = {"clip": str(args.seed), "kind": "closeups", "method": name, "settings": settings(name, args)}
+        yield {**head, **train(ABLATIONS[name], args.steps, job, args.work, args.model)}
+
+
+def settings(name: str, args: Namespace) -> str:
+    """Eight letters that differ if what a row depends on does."""
+    whole = Settings(ABLATIONS[name], recipe_of(ABLATIONS[name], args.steps))
+    return settings_of(whole, {"vae": sha256_file(args.model / VAE_FILE)})
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Means over seeds in Markdown, in the order of ABLATIONS."""
+    lines = ["| ablation | seeds | " + " | ".join(MEASURES) + " |", "|---" * (len(MEASURES) + 2) + "|"]
+    for name in ABLATIONS:
+        group = [row for row in rows if row["method"] == name]
+        if group:
+            means = [f"{np.mean([row[measure] for row in group]):.4g}" for measure in MEASURES]
+            lines.append("| " + " | ".join([name, str(len(group)), *means]) + " |")
+    return "\n".join(lines)
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser(prog="python -m benchmarks.ablations", description="Parts of the tiny DiT's recipe, changed one by one.")
+    p.add_argument("--model", type=Path, default=CHECKPOINT, help="folder with the VAE (the tiny model)")
+    p.add_argument("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    p.add_argument("--steps", type=int, default=1500, help="of each training (%(default)s)")
+    p.add_argument("--only", nargs="+", metavar="NAME", help="some ablations (all)")
+    p.add_argument("--work", type=Path, default=Path("outputs/ablations"), help="data, states, samples (%(default)s)")
+    p.add_argument("--csv", type=Path, default=RESULTS, help="one row a training (%(default)s)")
+    p.add_argument("--show", action="store_true", help="run nothing, show what the CSV has")
+    p.add_argument("--device", help="cuda, mps or cpu (the best there is)")
+    p.add_argument("--dtype", choices=list(DTYPES), help="of products (bfloat16 where that is fast, else float32)")
+    return p
+
+
+def program(argv: list[str] | None = None) -> None:
+    """Run what the CSV lacks, and print the table."""
+    args = parser().parse_args(argv)
+    check_range("--seed", args.seed)
+    check_range("--steps", args.steps, 1)
+    names = args.only or list(ABLATIONS)
+    unknown = sorted(set(names) - ABLATIONS.keys())
+    if unknown:
+        raise UserError(f"got --only {', '.join(unknown)}: choose from {'; '.join(ABLATIONS)}")
+    rows = read_rows(args.csv, MEASURES)
+    if not args.show:
+        check_settings(rows, {name: settings(name, args) for name in names}, args.csv)
+        done = {(row["clip"], row["method"]) for row in rows}
+        append_rows(rows_of(args, names, done), args.csv, MEASURES)
+    print(table(read_rows(args.csv, MEASURES)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(program))
