@@ -3,6 +3,7 @@
     python notebooks/run.py                 all
     python notebooks/run.py 06 solutions/06 those whose path begins with one of these
     python notebooks/run.py --check         run, report, change no file
+    python notebooks/run.py --jobs 2        two at a time; figures of time are then of a busy machine
     python notebooks/run.py --site DIR      run nothing; write the course as static pages into DIR (needs nbconvert)
 
 Stops at the first error of a notebook, goes on with the next, and exits with 1 if any had one.
@@ -11,6 +12,8 @@ Stops at the first error of a notebook, goes on with the next, and exits with 1 
 import argparse
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -47,11 +50,25 @@ def execute(path: Path, check: bool) -> str:
     return ""
 
 
+def name_of(path: Path) -> str:
+    """A notebook's path below this folder, as --help and the output have it."""
+    return path.relative_to(HERE).as_posix()
+
+
+def run(path: Path, check: bool) -> bool:
+    """Run one notebook and print a line about it; whether nothing is wrong with it."""
+    start = time.perf_counter()
+    problem = execute(path, check)
+    print(f"{name_of(path):44} {time.perf_counter() - start:6.1f} s  {problem or 'ok'}", flush=True)
+    return not problem
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(prog="python notebooks/run.py", description="Run notebooks, and keep their outputs.")
     p.add_argument("names", nargs="*", metavar="NAME", help="those whose path begins so: 06, solutions/06 (all)")
     p.add_argument("--check", action="store_true", help="run and report, change no file")
+    p.add_argument("--jobs", type=int, default=1, help="notebooks that run at a time (%(default)s)")
     p.add_argument("--site", type=Path, metavar="DIR", help="run nothing, write the course as static pages into DIR")
     return p
 
@@ -72,17 +89,14 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     if args.site is not None:
         return make_site(args.site)
+    if args.jobs < 1:
+        print(f"error: got --jobs {args.jobs}: give at least 1", file=sys.stderr)
+        return 2
     paths = [*sorted(HERE.glob("*.ipynb")), *sorted(HERE.glob("solutions/*.ipynb"))]
-    failed = 0
-    for path in paths:
-        name = path.relative_to(HERE).as_posix()
-        if args.names and not name.startswith(tuple(args.names)):
-            continue
-        start = time.perf_counter()
-        problem = execute(path, args.check)
-        failed += bool(problem)
-        print(f"{name:44} {time.perf_counter() - start:6.1f} s  {problem or 'ok'}", flush=True)
-    return int(failed > 0)
+    chosen = [path for path in paths if not args.names or name_of(path).startswith(tuple(args.names))]
+    with ThreadPoolExecutor(args.jobs) as pool:  # each notebook computes in a process of its own
+        results = list(pool.map(partial(run, check=args.check), chosen))
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

@@ -73,6 +73,29 @@ def test_the_folder_is_needed(capsys):
     assert "--site" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_every_chosen_notebook_is_run_and_an_error_of_one_counts(monkeypatch, capsys, jobs):
+    seen = []
+
+    def execute(path, check):
+        seen.append((notebooks_run.name_of(path), check))
+        return "went wrong" if "07" in path.name else ""
+
+    monkeypatch.setattr(notebooks_run, "execute", execute)
+    assert notebooks_run.main(["06", "07", "solutions/06", "--check", "--jobs", jobs]) == 1
+    names = sorted(name for name, _ in seen)
+    assert [name[:12] for name in names] == ["06_attention", "07_tiles_and", "solutions/06"]
+    assert all(check for _, check in seen)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and sum(line.endswith("went wrong") for line in lines) == 1
+    assert notebooks_run.main(["06", "--jobs", jobs]) == 0 and seen[-1][1] is False
+
+
+def test_no_jobs_are_refused(capsys):
+    assert notebooks_run.main(["--jobs", "0"]) == 2
+    assert capsys.readouterr().err == "error: got --jobs 0: give at least 1\n"
+
+
 def test_anchors_are_those_of_the_repository():
     heading = '<h2 id="The-x">The <code>x</code> of a, b &amp; c<a class="anchor-link" href="#The-x">&#182;</a></h2>'
     assert website.github_anchors(heading) == '<h2 id="the-x-of-a-b--c">The <code>x</code> of a, b &amp; c</h2>'
