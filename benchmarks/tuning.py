@@ -32,7 +32,6 @@ from wan_mini.tiny.world import Clip, make_clip, other_scene, score
 RESULTS = Path(__file__).parent / "results" / "tuning.csv"
 MEASURES = ("correlation", "error_px", "color_ok", "shape_ok", "background_ok", "leak", "seconds")
 STRENGTHS = (0.7, 1.0, 1.5)
-STRONGER = (1.0, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Candidate:
 
 
 CANDIDATES = {
-    "fym: preset": Candidate("fym", {}, STRONGER),
-    "fym: all heads": Candidate("fym", {"heads": "all"}, STRONGER),
+    "fym: preset": Candidate("fym", {}, (1.0, 1.5, 2.0)),
+    "fym: all heads": Candidate("fym", {"heads": "all"}),
     "fym: all heads, no spatial stage, dense": Candidate(
         "fym", {"heads": "all", "fit_steps": (0, 200), "sparse": "none"}
     ),
     "fym: spatial heads, no spatial stage": Candidate("fym", {"heads": "swapped", "fit_steps": (0, 200)}),
-    "motiondirector: with spatial passes": Candidate("motiondirector", {"spatial_share": 0.8}, STRONGER),
+    "motiondirector: with spatial passes": Candidate("motiondirector", {"spatial_share": 0.8}, (0.7, 1.0, 1.5, 2.0)),
     "motiondirector: motion alone": Candidate("motiondirector", {"spatial_share": 0.0}),
     "motioninversion: debiased, as trained": Candidate(
         "motioninversion", {"debiased": True, "difference": False}, (0.3, 0.5, 0.7, 1.0)
