@@ -1,5 +1,6 @@
 """What several tests share: one thread, marks, golden files, a small random checkpoint, a seed, a cache."""
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -30,6 +31,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch finds none here"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_objects_to_collect() -> None:
+    """Take what has been imported out of the garbage collector's sight: it would be walked through in every test."""
+    gc.freeze()
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

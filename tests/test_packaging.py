@@ -76,7 +76,7 @@ def test_installed_command_runs_from_an_empty_folder(installed, tmp_path):
     assert "tiny" in printed
     assert not list(tmp_path.iterdir()), "a dry run leaves files"
     (tmp_path / "losses.py").write_text("raise SystemExit('another losses.py was run')")  # of a user's own work
-    assert "tiny" in call(command, "--dry-run", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert PROJECT["version"] in call(command, "--version", cwd=tmp_path, PYTHONPATH=str(installed))
 
 
 def test_installed_model_loads(installed, tmp_path):

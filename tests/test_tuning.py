@@ -1,6 +1,7 @@
 """The options that are tried on training clips: what a candidate changes, one training for all its strengths."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -35,13 +36,14 @@ def test_a_strength_is_that_of_what_makes_the_video(method):
 def runs(monkeypatch) -> list[tuple]:
     """Stands for training and sampling: (clip's split and seed, method's options, whether trained, prompts)."""
     seen = []
+    made = cache(make_clip)
 
     def transfer(wan, frames, prompt, config, *, ref_prompt, seed, save, load):
         assert (save is None) != (load is None)
         if save is not None:
             save.write_bytes(b"weights")
         assert (save or load).read_bytes() == b"weights"
-        clips = [make_clip(seed, kind, "train") for kind in ("single", "several")]
+        clips = [made(seed, kind, "train") for kind in ("single", "several")]
         assert any(np.array_equal(frames, clip.frames) and clip.caption == ref_prompt != prompt for clip in clips)
         seen.append((seed, config, save is not None))
         return Transfer(None, (), {}, frames)
