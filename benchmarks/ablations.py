@@ -8,6 +8,7 @@ The steps are the recipe's first ones, on close-ups, where shapes are learned, w
 A row of the CSV is one training; samples are of scenes that no training draws, and the attribute classifier judges.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,6 @@ class Ablation:
     routed: bool = False  # half of the tokens pass by the blocks between the second and the last
     contrast: float = 0.0  # how much the velocity is pushed away from another item's
     dropout: float = DIT.dropout  # share of captions that are left out
-    ema: float = DIT.ema
 
 
 ABLATIONS = {
@@ -96,10 +96,7 @@ class KeptPool(Pool):
     """Shards that several trainings draw from: nothing is thrown away."""
 
     def forget(self, stream: Stream, first: int) -> None:
-        """Drop the shards before number `first` from memory alone."""
-        for name, number in list(self.open):
-            if name == stream.name and number < first:
-                del self.open[name, number]
+        """Forget nothing; 1,500 steps of 64 close-ups draw from about 100 MB."""
 
 
 def recipe_of(ablation: Ablation, steps: int) -> Recipe:
@@ -114,7 +111,6 @@ def recipe_of(ablation: Ablation, steps: int) -> Recipe:
         muon_lr=ablation.rate * DIT.muon_lr,
         adam_lr=ablation.rate * DIT.adam_lr,
         decay=steps // 4,
-        ema=ablation.ema,
         dropout=ablation.dropout,
     )
 
@@ -182,25 +178,27 @@ def train(ablation: Ablation, steps: int, job: Job, data: Path, model: Path) -> 
         example = make_example(items, batch, rng, wan, recipe, job.device)
         return ablation_loss(ablation, dit, example, rng, job.dtype), {}
 
-    trainer.run(loss_of, lambda: judge.report(wan))
+    trainer.run(loss_of, lambda: judge.report(wan)[1])
+    figures, _ = judge.report(wan)  # once more: the training may have ended in an earlier run, which was then stopped
     parameters = sum(weight.numel() for weight in dit.parameters())
     minutes = sum(entry["step_s"] for entry in trainer.losses) / 60
-    return {**judge.figures, "parameters": parameters, "minutes": minutes}
+    return {**figures, "parameters": parameters, "minutes": minutes}
 
 
 def rows_of(args: Namespace, names: Sequence[str], done: set[tuple[str, str]]) -> Iterator[Row]:
     """One row for each ablation whose (seed, name) is not in `done`."""
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
+    data = args.work / f"data-{sha256_file(args.model / VAE_FILE)[:8]}"  # latents of one VAE
     for name in names:
         if (str(args.seed), name) in done:
             continue
-        work = args.work / f"{args.seed}-{list(ABLATIONS).index(name)}"
+        work = args.work / f"{args.seed}-{re.sub('[^0-9a-z]+', '-', name)}"
         work.mkdir(parents=True, exist_ok=True)
         job = Job(work, work, device, dtype, args.seed)
         print(f"{name}: samples in {work}", flush=True)
         head = {"clip": str(args.seed), "kind": "closeups", "method": name, "settings": settings(name, args)}
-        yield {**head, **train(ABLATIONS[name], args.steps, job, args.work, args.model)}
+        yield {**head, **train(ABLATIONS[name], args.steps, job, data, args.model)}
 
 
 def settings(name: str, args: Namespace) -> str:

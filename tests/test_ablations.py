@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from benchmarks import ablations
 from benchmarks.ablations import ABLATIONS, MEASURES, Ablation, ablation_loss, recipe_of, routed_velocity
+from benchmarks.metrics import closeups
 from benchmarks.metrics.closeups import SMALL, name_another_shape, shrink
 from benchmarks.metrics.rows import read_rows
 from wan_mini.config import TINY
@@ -19,6 +21,7 @@ from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.training import fast_dit
 from wan_mini.tiny.training.dit import Example, flow_loss
 from wan_mini.tiny.training.recipe import DIT
+from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.world import SHAPES, make_clip
 
 FLOAT = torch.float32
@@ -75,7 +78,7 @@ def test_the_loss_is_the_recipes_but_for_the_contrast(dit, example):
     torch.testing.assert_close(contrastive, expected - 0.05 * F.mse_loss(velocity, others))
 
 
-def test_half_of_the_tokens_skip_the_middle(dit, example):
+def test_half_of_the_tokens_skip_the_middle(dit, example, monkeypatch):
     calls = []
 
     def forward(block, x, modulation, text, cos, sin):
@@ -83,10 +86,10 @@ def test_half_of_the_tokens_skip_the_middle(dit, example):
         return fast_dit.block_forward(block, x, modulation, text, cos, sin)
 
     arguments = (example.noise, 1000 * example.sigma, example.text)
-    fast_dit.compiled = lambda function, dynamic: forward  # the fixture puts it back
+    monkeypatch.setattr(fast_dit, "compiled", lambda function, dynamic: forward)
     routed = routed_velocity(dit, *arguments, np.random.default_rng(3), FLOAT)
     assert calls == [(8, 8), (8, 8), (4, 4), (8, 8)]
-    fast_dit.compiled = lambda function, dynamic: function
+    monkeypatch.setattr(fast_dit, "compiled", lambda function, dynamic: function)
     whole, _ = fast_dit.velocity(dit, *arguments, FLOAT)
     assert not torch.allclose(routed, whole)
     middle = dit.blocks[2]  # without it, nothing is skipped: all its outputs are zero
@@ -117,11 +120,32 @@ def test_another_shape_is_named():
     assert name_another_shape(starry) == "A red ring against a starry sky."
 
 
+@pytest.mark.parametrize("ablation", [Ablation(items=4), Ablation(items=4, small=True, routed=True)])
+def test_a_training_is_judged_also_when_it_had_ended_before(tmp_path, monkeypatch, ablation):
+    stream = replace(DIT.streams[0], items=4, window=1)
+    monkeypatch.setattr(ablations, "DIT", replace(DIT, streams=(stream,), captions=200))
+    monkeypatch.setattr(closeups, "SAMPLES", 16)
+    monkeypatch.setattr(closeups, "SAMPLE_STEPS", 1)
+    job = Job(tmp_path, tmp_path, torch.device("cpu"), FLOAT)
+    with torch.compiler.set_stance("force_eager"):
+        row = ablations.train(ablation, 3, job, tmp_path / "data", CHECKPOINT)
+        again = ablations.train(ablation, 3, job, tmp_path / "data", CHECKPOINT)
+    assert set(row) == set(MEASURES) and row == again
+    assert row["parameters"] == 3_951_232 and row["minutes"] > 0
+    assert row["psnr_05"] > row["psnr_07"] > row["psnr_09"]
+    with Image.open(tmp_path / "dit-000003.png") as samples:  # 24 of them, in rows of eight
+        assert samples.size == ((8 * 64, 3 * 48) if ablation.small else (8 * 96, 3 * 80))
+    names = {path.name for path in (tmp_path / "data").iterdir()}
+    assert names == {"small" if ablation.small else "whole"}
+
+
 def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     seen = []
+    folders = set()
 
     def train(ablation, steps, job, data, model):
         seen.append((ablation, steps, job.seed))
+        folders.add((job.work.name, data.name))
         return dict.fromkeys(MEASURES, 0.5 + job.seed)
 
     monkeypatch.setattr(ablations, "train", train)
@@ -130,6 +154,8 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     assert seen == [(Ablation(), 7, 0), (Ablation(rate=2.0), 7, 0)]
     assert run(ablations.program, [*words, "--only", "recipe", "--seed", "1"]) == 0
     assert run(ablations.program, [*words, "--only", "recipe"]) == 0 and len(seen) == 3
+    assert {work for work, _ in folders} == {"0-recipe", "0-rates-x-2", "1-recipe"}
+    assert len({data for _, data in folders}) == 1
     assert "| recipe | 2 | 1 | 1 |" in capsys.readouterr().out
     assert run(ablations.program, [*words, "--only", "recipe", "--steps", "8"]) == 2
     assert "has rows of recipe with other options or weights" in capsys.readouterr().err

@@ -38,17 +38,16 @@ class Judge:
         self.scenes += held_out_scenes(SAMPLES // 2)
         crops = [crop_object(clip, UNSEEN + number) for number, clip in enumerate(self.scenes[:SAMPLES])]
         self.latents = torch.from_numpy(encode(np.stack(crops))).float()  # (n,16,1,h,w)
-        self.figures: Row = {}  # the last ones
 
     @torch.no_grad()
-    def report(self, wan: Wan) -> np.ndarray:
-        """Measure, and return all samples as one picture (rows,columns,3), eight in a row."""
+    def report(self, wan: Wan) -> tuple[Row, np.ndarray]:
+        """What is measured, and all samples as one picture (rows,columns,3), eight in a row."""
         captions = [scene.caption for scene in self.scenes]
         videos = sample(wan, captions, 1, SAMPLE_STEPS, self.dtype, self.size)  # (n,1,H,W,3)
         attributes = [shown(video, scene) for video, scene in zip(videos, self.scenes, strict=True)]
         known = captions[:SAMPLES]
         wrong = [name_another_shape(scene) for scene in self.scenes[:SAMPLES]]
-        self.figures = {
+        figures: Row = {
             **shares(attributes[:SAMPLES]),
             "shape_held_out": shares(attributes[SAMPLES:])["shape_ok"],
             "wrong_shape": self.loss(wan, wrong) - self.loss(wan, known),
@@ -57,10 +56,10 @@ class Judge:
         for sigma in (0.5, 0.7, 0.9):
             noisy, velocity = self.denoise(wan, known, sigma)
             restored = decode_frames(wan, noisy - sigma * velocity, self.dtype)
-            self.figures[f"psnr_{10 * sigma:02.0f}"] = psnr(restored, clean)
+            figures[f"psnr_{10 * sigma:02.0f}"] = psnr(restored, clean)
         height, width = self.size
         tiles = videos[:, 0].reshape(-1, 8, height, width, 3)  # (n,1,H,W,3) -> (n/8,8,H,W,3)
-        return tiles.swapaxes(1, 2).reshape(-1, 8 * width, 3)  # -> (n/8,H,8,W,3) -> (nH/8,8W,3)
+        return figures, tiles.swapaxes(1, 2).reshape(-1, 8 * width, 3)  # -> (n/8,H,8,W,3) -> (nH/8,8W,3)
 
     def denoise(self, wan: Wan, captions: Sequence[str], sigma: float) -> tuple[Tensor, Tensor]:
         """The close-ups at a noise level, and their velocities with these captions, both (n,16,1,h,w)."""
