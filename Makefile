@@ -14,7 +14,7 @@ test:  ## the suite
 	$(PYTHON) -m pytest -q
 
 slow:  ## the tests marked slow, which the suite leaves out
-	$(PYTHON) -m pytest -q -m slow
+	$(PYTHON) -m pytest -q -m slow --no-loadscope-reorder
 
 lint:  ## linter, formatter, types; changes nothing
 	$(PYTHON) -m ruff check .

@@ -21,11 +21,17 @@ from wan_mini.vae import WanVAE
 
 DATA = Path(__file__).parent / "data"
 
+LONGEST = ("test_gpu_day", "test_full_size", "test_checkpoint")  # minutes each: at the end, all would wait for them
+
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no GPU. The marks themselves stand in pyproject.toml."""
+    """Begin with what takes minutes, and skip tests marked `gpu` where there is no GPU.
+
+    The marks themselves stand in pyproject.toml.
+    """
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))  # stable: all else stays in order
     if torch.cuda.is_available() or "REHEARSE_GPU" in os.environ:  # benchmarks/gpu_day.py --rehearse
         return
     for item in items:

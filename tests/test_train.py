@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -122,6 +123,17 @@ def test_pauses_change_no_bit(whole, tmp_path, monkeypatch, stage):
     assert ours["drawn"] == expected["drawn"]
     for result in (tmp_path / "checkpoint").glob("*.safetensors"):
         assert result.read_bytes() == (whole / "checkpoint" / result.name).read_bytes()
+
+
+def test_a_finished_training_without_a_record_gets_it(whole, tmp_path):
+    """As if it had been stopped between its last step and its record."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "checkpoint" / "training.json"
+    stages = json.loads(file.read_text("utf-8"))
+    expected = stages.pop("dit")
+    file.write_text(json.dumps(stages), "utf-8")
+    TRAIN["dit"](make_job(tmp_path))
+    assert json.loads(file.read_text("utf-8"))["dit"] == expected
 
 
 def test_a_damaged_state_is_named_and_stays(whole, tmp_path):

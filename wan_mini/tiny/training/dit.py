@@ -162,6 +162,8 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
     with workers(job.workers, job.work / "data", recipe.streams, make_encoder):
         trainer.run(loss_of, draw_samples)
     store(wan, tokenizer_file, job.folder)
+    if not probe.figures:  # an earlier run took the last step, and was stopped before its record
+        probe.report(wan, trainer.step)
     record(trainer, probe.figures)
 
 
