@@ -8,6 +8,8 @@ from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import pytest
+
 from fastvmt import main
 
 
@@ -15,6 +17,8 @@ def run_ranks(
     count: int, argv: list[str], log: Path, program: Callable[[list[str]], int] = main
 ) -> tuple[list[int], list[str]]:
     """Exit codes of a program in as many processes as torchrun would start, and what each prints, by rank."""
+    if os.name != "posix":
+        pytest.skip("signals and fork")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

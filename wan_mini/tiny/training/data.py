@@ -157,7 +157,8 @@ class Sampler:
 
 def work_ahead(folder: Path, streams: Sequence[Stream], make_encoder: MakeEncoder) -> None:
     """Make the shards that the windows will need next, for as long as the parent lives."""
-    os.nice(10)
+    if hasattr(os, "nice"):  # not on Windows
+        os.nice(10)
     torch.set_num_threads(1)
     pool = Pool(folder, make_encoder())
     parent = os.getppid()
