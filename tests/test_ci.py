@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from conftest import LONGEST, pytest_collection_modifyitems
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / ".ci" / "run"
@@ -20,6 +22,15 @@ def test_what_the_suite_leaves_out_is_run_by_ci():
     assert f"python -m pytest -q -m {left_out} --no-loadscope-reorder" in commands
     assert "python notebooks/run.py --check --jobs 2" in commands and "mypy" in commands and "ruff check ." in commands
     assert any('"$work/test_command"' in line and "bash" in line for line in commands)
+
+
+def test_the_longest_files_come_first():
+    stems = ["test_amf", *LONGEST[::-1], "test_z", "test_b"]
+    items = [SimpleNamespace(path=ROOT / "tests" / f"{stem}.py", keywords={}) for stem in stems]
+    pytest_collection_modifyitems(items)
+    assert [item.path.stem for item in items] == [*LONGEST, "test_amf", "test_z", "test_b"]
+    for name in LONGEST:
+        assert "pytest.mark.slow" in (ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(sys.platform == "win32" or shutil.which("bash") is None, reason="needs bash and modes of files")
