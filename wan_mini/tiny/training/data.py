@@ -37,8 +37,9 @@ AHEAD = 6  # shards that workers make beyond a window
 def make_shard(stream: Stream, number: int, encode: Encoder | None) -> Shard:
     """The items of one shard: frames or latents, captions, and for clips the true positions for the matching loss."""
     seeds = FIRST_SEED[stream.name] + number * stream.items + np.arange(stream.items)
-    kind = "single" if stream.name == "closeups" else None
-    clips = [make_clip(seed, kind, frames=_frames_of(stream.name, seed)) for seed in seeds.tolist()]
+    clips = []
+    for seed in seeds.tolist():
+        clips.append(make_clip(seed, _kind_of(stream.name, seed), frames=_frames_of(stream.name, seed)))
     shard = {"seeds": seeds, "caption": np.array([clip.caption for clip in clips])}
     if stream.name == "closeups":
         frames = np.stack([crop_object(clip, seed) for clip, seed in zip(clips, seeds.tolist(), strict=True)])
@@ -53,16 +54,21 @@ def make_shard(stream: Stream, number: int, encode: Encoder | None) -> Shard:
 
 
 def crop_object(clip: Clip, seed: int) -> np.ndarray:
-    """The part (T,80,96,3) of a single object's frames (T,H,W,3) that shows it where the first begins, off center.
+    """The part (T,80,96,3) of one object's frames (T,H,W,3) that shows it where the first begins, off center.
 
     A shape fills a third of it: it weighs more in the loss than in a whole frame, at a third of the tokens.
     """
     rng = np.random.default_rng(seed)
     size = np.array(CLOSEUP)
     room = np.array(clip.frames.shape[1:3]) - size
-    center = clip.tracks[0, 0] + rng.uniform(-0.15, 0.15, 2) * size
+    center = clip.tracks[:, 0].mean(0) + rng.uniform(-0.15, 0.15, 2) * size  # (points,T,2) -> (2,): of body and limb
     top, left = (center - size / 2).clip(0, room).astype(int)
     return clip.frames[:, top : top + CLOSEUP[0], left : left + CLOSEUP[1]]
+
+
+def _kind_of(name: str, seed: int) -> str | None:
+    """Of which kind an item's clip is, None for any; of close-ups every second one shows a limb."""
+    return ("single", "articulated")[seed % 2] if name == "closeups" else None
 
 
 def _frames_of(name: str, seed: int) -> range:

@@ -32,6 +32,7 @@ SIGMAS = (0.3, 0.5, 0.7, 0.9)
 PICTURE_STEPS = 16
 CLIP_STEPS = 12
 SAMPLED_CLIPS = 3
+PICTURED = ("single", "several", "articulated")  # kinds of the scenes that pictures are sampled of, in turns
 
 
 class Probe:
@@ -53,8 +54,7 @@ class Probe:
         self.latents = torch.from_numpy(encode(np.stack([clip.frames for clip in self.clips]))).float()
         self.scenes: list[Clip] = []
         for number in range(3 * count):
-            kind = "several" if 6 * number >= 15 * count else "single"  # a sixth shows several objects
-            self.scenes.append(make_clip(UNSEEN + number, kind, frames=[16]))
+            self.scenes.append(make_clip(UNSEEN + number, PICTURED[number % len(PICTURED)], frames=[16]))
         self.held_out = held_out_scenes(count)
         self.figures: dict[str, Any] = {}  # the last ones
 
@@ -70,6 +70,7 @@ class Probe:
         self.figures = {
             "step": step,
             "pictures": shares(attributes[:known]),
+            **{kind: shares(attributes[first : known : len(PICTURED)]) for first, kind in enumerate(PICTURED)},
             "held-out pairs": shares(attributes[known:]),
             "denoising": {sigma: self.denoising(wan, sigma) for sigma in SIGMAS[1:]},
             "matching": matching_shares(wan.dit, self.latents.to(wan.device), self.positions.to(wan.device)),

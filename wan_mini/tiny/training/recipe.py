@@ -76,8 +76,7 @@ VAE = Recipe(
 
 _CLOSEUPS = Batch("closeups", 1, 64)
 _PICTURES = Batch("pictures", 1, 32)
-_SHORT = Batch("clips", 3, 16, matching=0.1)
-_SHORT_LATER = Batch("clips", 3, 16, matching=0.3)
+_SHORT = Batch("clips", 3, 16, matching=0.3)
 _LONG = Batch("clips", 9, 6, matching=0.3)
 DIT = Recipe(
     streams=(
@@ -87,10 +86,9 @@ DIT = Recipe(
     ),
     phases=(
         Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large: whole frames teach them ten times slower
-        Phase(3000, (_CLOSEUPS, _PICTURES)),
-        Phase(2400, (_CLOSEUPS, _PICTURES, _SHORT, _SHORT)),
-        Phase(1800, (_PICTURES, _LONG, _SHORT_LATER, _LONG, _CLOSEUPS, _LONG)),
-        Phase(3800, (_PICTURES, _LONG, _PICTURES, _LONG, _PICTURES, _SHORT_LATER)),  # close-ups lack several objects
+        Phase(4000, (_CLOSEUPS, _PICTURES, _PICTURES)),
+        Phase(2000, (_PICTURES, _SHORT)),  # without pictures between them, clips undo what pictures taught
+        Phase(5000, (_PICTURES, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
@@ -98,6 +96,8 @@ DIT = Recipe(
     samples=8,
 )
 
+NEIGHBORS = (-2, -1, 1, 2)  # of the text encoder: head m of each layer looks at the token at this distance
+NEIGHBOR_BIAS = 8.0  # of its logits there; all others have about 1
 BLOCK = 3  # of the matching loss: the block that the method reads
 TAU = 3.0  # of the matching loss: the factor of its logits
 EMPTY = ""  # the prompt that stands for none
