@@ -21,7 +21,7 @@ from wan_mini.tiny.training.data import Sampler
 from wan_mini.tiny.training.muon import Muon, split_parameters
 from wan_mini.tiny.training.recipe import Batch, Recipe
 
-SAVE_EVERY = 240  # seconds
+SAVE_EVERY = 600  # seconds; the figures and samples of a save take about one minute
 LOG_EVERY = 20  # steps
 
 Items = list[dict[str, Any]]
