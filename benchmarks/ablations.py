@@ -33,7 +33,7 @@ from wan_mini.runs.cli import Parser, run
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.training import fast_dit
 from wan_mini.tiny.training.data import CLOSEUP, Pool, Sampler
-from wan_mini.tiny.training.dit import Example, MakeEncoder, make_example, make_tokenizer
+from wan_mini.tiny.training.dit import Example, MakeEncoder, make_example, make_text_encoder, make_tokenizer
 from wan_mini.tiny.training.recipe import DIT, Batch, Phase, Recipe, Stream
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.training.vae import VAE_FILE
@@ -45,6 +45,7 @@ MEASURES = (
     "background_ok",
     "shape_ok",
     "shape_held_out",
+    "limb_ok",
     "wrong_shape",
     "psnr_05",
     "psnr_07",
@@ -66,10 +67,12 @@ class Ablation:
     routed: bool = False  # half of the tokens pass by the blocks between the second and the last
     contrast: float = 0.0  # how much the velocity is pushed away from another item's
     dropout: float = DIT.dropout  # share of captions that are left out
+    neighbors: bool = True  # the text encoder's heads look at the words next to each, else at random
 
 
 ABLATIONS = {
     "recipe": Ablation(),
+    "text encoder without neighbors": Ablation(neighbors=False),
     "batch of 16": Ablation(items=16),
     "batch of 32": Ablation(items=32),
     "rates x 1/2": Ablation(rate=0.5),
@@ -165,7 +168,8 @@ def train(ablation: Ablation, steps: int, job: Job, data: Path, model: Path) -> 
     recipe = recipe_of(ablation, steps)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
-        text_encoder = UMT5Encoder(TINY_UMT5).half().float()  # before the DiT, so that all have the same
+        # Before the DiT, so that all have the same.
+        text_encoder = make_text_encoder(TINY_UMT5) if ablation.neighbors else UMT5Encoder(TINY_UMT5).half().float()
         dit = WanDiT(ablation.dit)
     sampler = Sampler(KeptPool(data / ("small" if ablation.small else "whole"), encode), recipe.streams)
     trainer = Trainer("dit", recipe, job, dit, sampler)

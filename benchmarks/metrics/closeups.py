@@ -16,7 +16,9 @@ from wan_mini.tiny.training.probe import UNSEEN, decode_frames, held_out_scenes,
 from wan_mini.tiny.training.vae import normal, psnr
 from wan_mini.tiny.world import SHAPES, Clip, make_clip
 
-SAMPLES = 48  # close-ups of training pairs of shape and color, and half as many of held-out pairs
+SAMPLES = (
+    48  # close-ups of training pairs of shape and color; half as many of held-out pairs, and of objects with limbs
+)
 SAMPLE_STEPS = 16
 SMALL = (48, 64)  # height and width in pixels of a close-up at two thirds of its scale
 
@@ -36,6 +38,7 @@ class Judge:
         self.dtype = dtype
         self.scenes = [make_clip(UNSEEN + number, "single", frames=[16]) for number in range(SAMPLES)]
         self.scenes += held_out_scenes(SAMPLES // 2)
+        self.scenes += [make_clip(UNSEEN + number, "articulated", frames=[16]) for number in range(SAMPLES // 2)]
         crops = [crop_object(clip, UNSEEN + number) for number, clip in enumerate(self.scenes[:SAMPLES])]
         self.latents = torch.from_numpy(encode(np.stack(crops))).float()  # (n,16,1,h,w)
 
@@ -49,7 +52,8 @@ class Judge:
         wrong = [name_another_shape(scene) for scene in self.scenes[:SAMPLES]]
         figures: Row = {
             **shares(attributes[:SAMPLES]),
-            "shape_held_out": shares(attributes[SAMPLES:])["shape_ok"],
+            "shape_held_out": shares(attributes[SAMPLES : SAMPLES + SAMPLES // 2])["shape_ok"],
+            "limb_ok": shares(attributes[SAMPLES + SAMPLES // 2 :])["shape_ok"],  # and each its own color
             "wrong_shape": self.loss(wan, wrong) - self.loss(wan, known),
         }
         clean = decode_frames(wan, self.latents.to(wan.device), self.dtype)
