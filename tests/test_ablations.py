@@ -19,7 +19,7 @@ from wan_mini.dit import WanDiT
 from wan_mini.runs.cli import run
 from wan_mini.tiny.demo import CHECKPOINT
 from wan_mini.tiny.training import fast_dit
-from wan_mini.tiny.training.dit import Example, flow_loss
+from wan_mini.tiny.training.dit import Example, flow_loss, make_text_encoder
 from wan_mini.tiny.training.recipe import DIT
 from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.world import SHAPES, make_clip
@@ -120,21 +120,24 @@ def test_another_shape_is_named():
     assert name_another_shape(starry) == "A red ring against a starry sky."
 
 
-@pytest.mark.parametrize("ablation", [Ablation(items=4), Ablation(items=4, small=True, routed=True)])
+@pytest.mark.parametrize("ablation", [Ablation(items=4, neighbors=False), Ablation(items=4, small=True, routed=True)])
 def test_a_training_is_judged_also_when_it_had_ended_before(tmp_path, monkeypatch, ablation):
     stream = replace(DIT.streams[0], items=4, window=1)
     monkeypatch.setattr(ablations, "DIT", replace(DIT, streams=(stream,), captions=200))
     monkeypatch.setattr(closeups, "SAMPLES", 16)
     monkeypatch.setattr(closeups, "SAMPLE_STEPS", 1)
+    made = []
+    monkeypatch.setattr(ablations, "make_text_encoder", lambda config: made.append(1) or make_text_encoder(config))
     job = Job(tmp_path, tmp_path, torch.device("cpu"), FLOAT)
     with torch.compiler.set_stance("force_eager"):
         row = ablations.train(ablation, 3, job, tmp_path / "data", CHECKPOINT)
         again = ablations.train(ablation, 3, job, tmp_path / "data", CHECKPOINT)
     assert set(row) == set(MEASURES) and row == again
+    assert len(made) == 2 * ablation.neighbors
     assert row["parameters"] == 3_951_232 and row["minutes"] > 0
     assert row["psnr_05"] > row["psnr_07"] > row["psnr_09"]
-    with Image.open(tmp_path / "dit-000003.png") as samples:  # 24 of them, in rows of eight
-        assert samples.size == ((8 * 64, 3 * 48) if ablation.small else (8 * 96, 3 * 80))
+    with Image.open(tmp_path / "dit-000003.png") as samples:  # 32 of them, in rows of eight
+        assert samples.size == ((8 * 64, 4 * 48) if ablation.small else (8 * 96, 4 * 80))
     names = {path.name for path in (tmp_path / "data").iterdir()}
     assert names == {"small" if ablation.small else "whole"}
 
@@ -160,7 +163,7 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     assert run(ablations.program, [*words, "--only", "recipe", "--steps", "8"]) == 2
     assert "has rows of recipe with other options or weights" in capsys.readouterr().err
     assert run(ablations.program, ["--only", "nothing"]) == 2
-    assert "got --only nothing: choose from recipe; batch of 16" in capsys.readouterr().err
+    assert "got --only nothing: choose from recipe; text encoder without neighbors" in capsys.readouterr().err
 
 
 def test_the_rows_that_ship_are_of_todays_options():

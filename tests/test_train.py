@@ -29,6 +29,7 @@ from wan_mini.tiny import demo
 from wan_mini.tiny.training import __main__ as command
 from wan_mini.tiny.training import dit, fast_dit, fast_vae, recipe, trainer, vae
 from wan_mini.tiny.training.data import CLOSEUP, Pool, Sampler, crop_object, make_next, make_shard
+from wan_mini.tiny.training.grammar import encode_text, token_table
 from wan_mini.tiny.training.recipe import Batch, Phase, Recipe, Stream
 from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.world import FRAMES, HELD_OUT, make_clip
@@ -270,23 +271,32 @@ def test_shards_follow_each_other():
         assert caption == clip.caption and np.array_equal(picture, clip.frames)
 
 
-def test_closeups_show_one_object_whole_enough():
-    """Its center is well inside, anywhere near the middle; and the shard has the crops, of single objects."""
-    centers = []
+@pytest.mark.parametrize(("kind", "margin"), [("single", 0.15), ("articulated", 0.32)])
+def test_closeups_show_one_object_whole_enough(kind, margin):
+    """The middle of it and its limb is well inside, anywhere near the crop's middle, and so is the body."""
+    middles, bodies = [], []
     for seed in range(40):
-        clip = make_clip(seed, "single", frames=[seed % FRAMES])
+        clip = make_clip(seed, kind, frames=[seed % FRAMES])
         frames = crop_object(clip, seed)
         assert frames.shape == (1, *CLOSEUP, 3)
         windows = np.lib.stride_tricks.sliding_window_view(clip.frames[0], (*CLOSEUP, 3))[..., 0, :, :, :]
         found = np.argwhere((windows == frames[0]).all((2, 3, 4)))
         assert len(found) == 1  # it is part of the frame
-        centers.append((clip.tracks[0, 0] - found[0]) / CLOSEUP)
-    assert np.min(centers) > 0.15 and np.max(centers) < 0.85 and np.std(centers) > 0.05
-    stream = Stream("closeups", items=2, window=1, reuse=1)
-    shard = make_shard(stream, 3, lambda frames: frames)
-    seed = int(shard["seeds"][1])
-    clip = make_clip(seed, "single", frames=[seed % FRAMES])
-    assert np.array_equal(shard["latents"][1], crop_object(clip, seed)) and shard["caption"][1] == clip.caption
+        middles.append((clip.tracks[:, 0].mean(0) - found[0]) / CLOSEUP)
+        body = clip.tracks[clip.owners == 0, 0][0]
+        bodies.append((body - found[0]) / CLOSEUP)
+    assert np.min(middles) > margin and np.max(middles) < 1 - margin and np.std(middles) > 0.05
+    assert np.min(bodies) > 0.05 and np.max(bodies) < 0.95
+
+
+def test_every_second_closeup_shows_a_limb():
+    shard = make_shard(Stream("closeups", items=4, window=1, reuse=1), 3, lambda frames: frames)
+    for index, seed in enumerate(shard["seeds"].tolist()):
+        kind = "articulated" if seed % 2 else "single"
+        clip = make_clip(seed, kind, frames=[seed % FRAMES])
+        assert np.array_equal(shard["latents"][index], crop_object(clip, seed))
+        assert shard["caption"][index] == clip.caption
+    assert set(shard["seeds"] % 2) == {0, 1}
 
 
 def test_a_worker_makes_what_nobody_makes(tmp_path):
@@ -359,9 +369,23 @@ def test_the_average_follows_its_formula():
 def test_the_text_encoder_stays_as_the_seed_made_it(whole):
     torch.manual_seed(0)
     WanDiT(DIT)  # drawn first
-    expected = UMT5Encoder(TEXT).state_dict()
+    expected = dit.make_text_encoder(TEXT).state_dict()
     wan = load_wan(whole / "checkpoint", device="cpu", dtype=torch.float32)
-    assert all(torch.equal(x, expected[key].half().float()) for key, x in wan.text_encoder.state_dict().items())
+    assert all(torch.equal(x, expected[key]) for key, x in wan.text_encoder.state_dict().items())
+
+
+def test_a_color_tells_whose_it_is(tmp_path):
+    """Its vector changes with the noun next to it, and hardly with another object's."""
+    tokenizer = dit.make_tokenizer(tmp_path / "tokenizer.json", 200)
+    torch.manual_seed(1)
+    encoder = dit.make_text_encoder(TINY_UMT5)
+    captions = ("a red disc and a blue star", "a red cross and a blue star", "a red disc and a blue cross")
+    ids = token_table(tokenizer, captions)
+    with torch.no_grad():
+        vectors = encode_text(encoder, ids)  # (3,L,C)
+    (place,) = (ids[0] == tokenizer.encode("red")[0]).nonzero()[0].tolist()
+    plain, own, other = vectors[:, place]
+    assert (own - plain).norm() > 5 * (other - plain).norm()
 
 
 def test_every_parameter_is_trained_once():
