@@ -28,6 +28,7 @@ FIRST_SEED = {
     "pictures": 10**8,
     "clips": 2 * 10**8,
     "closeups": 3 * 10**8,
+    "groups": 4 * 10**8,
 }  # no scene is in two
 LENGTH = 17  # frames in an item of the stream "frames"
 CLOSEUP = (80, 96)  # height and width in pixels of an item of the stream "closeups"
@@ -68,14 +69,16 @@ def crop_object(clip: Clip, seed: int) -> np.ndarray:
 
 def _kind_of(name: str, seed: int) -> str | None:
     """Of which kind an item's clip is, None for any; of close-ups every second one shows a limb."""
-    return ("single", "articulated")[seed % 2] if name == "closeups" else None
+    if name == "closeups":
+        return ("single", "articulated")[seed % 2]
+    return "several" if name == "groups" else None
 
 
 def _frames_of(name: str, seed: int) -> range:
     """Which frames of its clip an item shows."""
     if name == "clips":
         return range(FRAMES)
-    if name in ("pictures", "closeups"):
+    if name in ("pictures", "groups", "closeups"):
         return range(seed % FRAMES, seed % FRAMES + 1)  # not always the first, where motions begin
     start = seed % (FRAMES - LENGTH + 1)
     return range(start, start + LENGTH)

@@ -106,7 +106,7 @@ def encode_frames(vae: WanVAE, dtype: torch.dtype, frames: np.ndarray) -> np.nda
 def make_text_encoder(config: UMT5Config) -> UMT5Encoder:
     """A text encoder of random weights, but each head looks at one neighbor of a token.
 
-    So a linear function of a color's vector names the shape that has this color in all captions of several objects. With
+    So a linear function of a color's vector names the shape that has it, in all captions of several objects. With
     random heads it does in 40 to 72 % (notebook 04), and cross-attention cannot tell whose color it is.
     """
     encoder = UMT5Encoder(config)

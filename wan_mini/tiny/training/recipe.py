@@ -76,19 +76,21 @@ VAE = Recipe(
 
 _CLOSEUPS = Batch("closeups", 1, 64)
 _PICTURES = Batch("pictures", 1, 32)
+_GROUPS = Batch("groups", 1, 32)
 _SHORT = Batch("clips", 3, 16, matching=0.3)
 _LONG = Batch("clips", 9, 6, matching=0.3)
 DIT = Recipe(
     streams=(
         Stream("closeups", items=256, window=24, reuse=6),  # latents of crops of single frames around one object
         Stream("pictures", items=256, window=24, reuse=6),  # latents of single frames
+        Stream("groups", items=256, window=24, reuse=6),  # the same of several objects only, which are learned last
         Stream("clips", items=8, window=60, reuse=8),  # latents of whole clips
     ),
     phases=(
         Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large: whole frames teach them ten times slower
         Phase(4000, (_CLOSEUPS, _PICTURES, _PICTURES)),
         Phase(2000, (_PICTURES, _SHORT)),  # without pictures between them, clips undo what pictures taught
-        Phase(5000, (_PICTURES, _LONG)),
+        Phase(5000, (_PICTURES, _LONG, _GROUPS, _LONG)),
     ),
     muon_lr=0.02,
     adam_lr=3e-3,
