@@ -299,6 +299,13 @@ def test_every_second_closeup_shows_a_limb():
     assert set(shard["seeds"] % 2) == {0, 1}
 
 
+def test_groups_show_several_objects():
+    shard = make_shard(Stream("groups", items=3, window=1, reuse=1), 2, lambda frames: frames)
+    for seed, caption, picture in zip(shard["seeds"].tolist(), shard["caption"], shard["latents"], strict=True):
+        clip = make_clip(seed, "several", frames=[seed % FRAMES])
+        assert caption == clip.caption and np.array_equal(picture, clip.frames)
+
+
 def test_a_worker_makes_what_nobody_makes(tmp_path):
     """The next shard of the window that is neither there nor begun by another process."""
     pool = Pool(tmp_path, lambda frames: frames)
