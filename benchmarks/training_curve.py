@@ -22,6 +22,12 @@ CURVE = Path(__file__).parent / "results" / "training_curve.jsonl"
 LEVEL = "0.5"  # noise level of the matching that is drawn
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")  # Okabe and Ito: safe for color blindness
 MARKERS = "osD^vX"
+DRAWN = {
+    "single": "one object",
+    "several": "several objects",
+    "articulated": "an object with a limb",
+    "held-out pairs": "one object, unseen pair",
+}
 
 Entry = dict[str, Any]  # one line of the curve, as probe.py writes it
 
@@ -32,12 +38,10 @@ def draw_curve(entries: list[Entry], recipe: Recipe, file: Path) -> None:
     pyplot.switch_backend("svg")  # needs no screen
     pyplot.rcParams.update({"svg.hashsalt": "training curve", "font.size": 12})  # the same file every time
     figure, (above, below) = pyplot.subplots(2, 1, figsize=(11, 8), sharex=True)
-    for number, what in enumerate(("color", "background", "shape")):
-        share = [100 * entry["pictures"][f"{what}_ok"] for entry in entries]
-        above.plot(steps, share, color=COLORS[number], marker=MARKERS[number], markersize=4, label=what)
-    pairs = [100 * entry["held-out pairs"]["shape_ok"] for entry in entries]
-    above.plot(steps, pairs, "--", color=COLORS[3], marker=MARKERS[3], markersize=4, label="shape, unseen pair")
-    above.set_ylabel("generated pictures that\nshow what was asked for, %")
+    for number, (name, label) in enumerate(DRAWN.items()):
+        share = [100 * entry[name]["shape_ok"] for entry in entries]
+        above.plot(steps, share, color=COLORS[number], marker=MARKERS[number], markersize=4, label=label)
+    above.set_ylabel("generated pictures with\nthe right shapes, %")
     blocks = len(entries[0]["matching"][LEVEL])
     for block in range(blocks):
         share = [100 * entry["matching"][LEVEL][block] for entry in entries]

@@ -14,17 +14,15 @@ def test_a_named_curve_is_kept_and_drawn(tmp_path, monkeypatch):
 
     entries = []
     for step, shape in ((100, 0.25), (200, 0.75)):
-        shows = {"color_ok": 1.0, "background_ok": 1.0, "shape_ok": shape}
-        entries.append(
-            {"step": step, "pictures": shows, "held-out pairs": shows, "matching": {"0.5": [0.1, 0.2, shape]}}
-        )
+        shown = {name: {"shape_ok": shape} for name in training_curve.DRAWN}
+        entries.append({"step": step, **shown, "matching": {"0.5": [0.1, 0.2, shape]}})
     work = tmp_path / "work.jsonl"
     work.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     monkeypatch.setattr(training_curve, "CURVE", tmp_path / "curve.jsonl")
     training_curve.main([str(work)])
     assert (tmp_path / "curve.jsonl").read_text() == work.read_text()
     first = (tmp_path / "curve.svg").read_text()
-    for label in ("shape, unseen pair", "block 2", "training step"):
+    for label in ("one object, unseen pair", "block 2", "training step"):
         assert f"<!-- {label} -->" in first
     assert "block 3" not in first
     training_curve.main([])
