@@ -195,7 +195,12 @@ def test_the_record_says_how_the_checkpoint_was_made(whole):
         losses = [entry["loss"] for entry in state(whole, name)["losses"]]
         assert facts["losses of the first 200 steps"] == pytest.approx(losses, abs=1e-5)
     assert "PSNR of 3 held-out clips, dB" in stages["vae"] and stages["dit"]["pictures"].keys() == ATTRIBUTES
-    rows = re.findall(r"^\| (\S+) \| (\d+) \| `(\w{64})` \|$", (folder / "README.md").read_text(), re.MULTILINE)
+    page = (folder / "README.md").read_text()
+    shares = [f"{name}: {share}" for name, share in stages["dit"]["pictures"].items()]
+    assert f"| pictures | {'; '.join(shares)} |" in page
+    at_03 = ", ".join(map(str, stages["dit"]["matching"]["0.3"]))
+    assert f"| matching | 0.3: {at_03}; 0.5: " in page
+    rows = re.findall(r"^\| (\S+) \| (\d+) \| `(\w{64})` \|$", page, re.MULTILINE)
     files = {path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"}
     assert {folder / name for name, _, _ in rows} == files
     for name, size, digest in rows:

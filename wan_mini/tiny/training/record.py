@@ -53,7 +53,7 @@ def describe(folder: Path, stages: dict[str, dict[str, Any]]) -> str:
         lines += [f"## {name}", "", "| | |", "|---|---|"]
         for key, value in facts.items():
             if key != "recipe" and not isinstance(value, list):
-                lines.append(f"| {key} | {value} |")
+                lines.append(f"| {key} | {in_words(value)} |")
         lines.append("")
     lines += [f"Recipes and losses: {FILE}.", "", "## Files", "", "| file | bytes | sha256 |", "|---|---|---|"]
     for path in sorted(folder.rglob("*")):
@@ -62,3 +62,12 @@ def describe(folder: Path, stages: dict[str, dict[str, Any]]) -> str:
             name = path.relative_to(folder).as_posix()
             lines.append(f"| {name} | {len(data)} | `{hashlib.sha256(data).hexdigest()}` |")
     return "\n".join(lines) + "\n"
+
+
+def in_words(value: Any) -> str:
+    """A figure for a table: figures with names one after the other, lists without brackets."""
+    if isinstance(value, dict):
+        return "; ".join(f"{name}: {in_words(part)}" for name, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(in_words(part) for part in value)
+    return str(value)
