@@ -16,9 +16,8 @@ from wan_mini.tiny.training.probe import UNSEEN, decode_frames, held_out_scenes,
 from wan_mini.tiny.training.vae import normal, psnr
 from wan_mini.tiny.world import SHAPES, Clip, make_clip
 
-SAMPLES = (
-    48  # close-ups of training pairs of shape and color; half as many of held-out pairs, and of objects with limbs
-)
+# Close-ups of training pairs of shape and color; half as many of held-out pairs, and of objects with limbs.
+SAMPLES = 48
 SAMPLE_STEPS = 16
 SMALL = (48, 64)  # height and width in pixels of a close-up at two thirds of its scale
 
