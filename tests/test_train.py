@@ -5,7 +5,7 @@ import json
 import re
 import shutil
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +170,26 @@ def test_a_full_disk_leaves_the_last_state(whole, tmp_path, monkeypatch):
     with pytest.raises(Unwritable, match="cannot write .*vae.pt .*: make room, the last state is whole"):
         made.save()
     assert [path.name for path in tmp_path.iterdir()] == ["vae.pt"] and (tmp_path / "vae.pt").read_bytes() == data
+
+
+def test_a_training_without_matching_differs_in_that_alone(whole, tmp_path, monkeypatch):
+    """And has a state and a record of its own name."""
+    made = []
+
+    class Stop(Exception):
+        pass
+
+    def make_trainer(name, recipe, *others):
+        made.extend((name, recipe))
+        raise Stop
+
+    monkeypatch.setattr(dit, "Trainer", make_trainer)
+    (train,) = command.STAGES["dit-without-matching"]
+    with pytest.raises(Stop):
+        train(replace(make_job(tmp_path), folder=whole / "checkpoint"))
+    assert made[0] == "dit-without-matching" and made[1] != recipe.DIT
+    text = json.dumps(asdict(recipe.DIT))
+    assert json.dumps(asdict(made[1])) == re.sub(r'"matching": [\d.]+', '"matching": 0.0', text)
 
 
 def test_a_fresh_folder_is_made(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 """python -m wan_mini.tiny.training STAGE: train the tiny Wan from a seed to a checkpoint, in two stages.
 
-    vae    the VAE, on crops of fresh clips
-    dit    DiT, by flow matching on the latents of fresh pictures and clips
-    all    one after the other
+    vae                     the VAE, on crops of fresh clips
+    dit                     DiT, by flow matching on the latents of fresh pictures and clips
+    all                     one after the other
+    dit-without-matching    in the place of dit: without its auxiliary loss, for comparison
 
 The same command again goes on where the last one stopped.
 """
@@ -10,19 +11,23 @@ The same command again goes on where the last one stopped.
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from wan_mini.device.select import DTYPES, pick_device, pick_dtype
 from wan_mini.errors import check_positive, check_range
 from wan_mini.runs.cli import Parser, run
 from wan_mini.tiny.training.dit import train_dit
+from wan_mini.tiny.training.recipe import DIT, without_matching
 from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.training.vae import train_vae
 
+UNMATCHED = "dit-without-matching"
 STAGES: dict[str, tuple[Callable[[Job], None], ...]] = {
     "vae": (train_vae,),
     "dit": (train_dit,),
     "all": (train_vae, train_dit),
+    UNMATCHED: (partial(train_dit, recipe=without_matching(DIT), name=UNMATCHED),),
 }
 
 

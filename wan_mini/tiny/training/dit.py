@@ -150,8 +150,10 @@ def make_example(items: Items, batch: Batch, rng: Generator, wan: Wan, recipe: R
     return Example(clean, noise, sigma, text_of(wan, prompts), positions)
 
 
-def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5) -> None:
-    """Train the DiT; complete the checkpoint folder. Raises MissingFile without a VAE."""
+def train_dit(
+    job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5, name: str = "dit"
+) -> None:
+    """Train the DiT, as the stage of this name; complete the checkpoint folder. Raises MissingFile without a VAE."""
     file = job.folder / VAE_FILE
     if not file.exists():
         raise MissingFile(f"{file} does not exist: run the stage vae with the same --folder first")
@@ -164,7 +166,7 @@ def train_dit(job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UM
         dit = WanDiT(config)
         text_encoder = make_text_encoder(text)
     encode = make_encoder()
-    trainer = Trainer("dit", recipe, job, dit, Sampler(Pool(job.work / "data", encode), recipe.streams))
+    trainer = Trainer(name, recipe, job, dit, Sampler(Pool(job.work / "data", encode), recipe.streams))
     vae = load_vae(file, device=job.device, dtype=torch.float32)
     wan = Wan(trainer.ema, vae, text_encoder.requires_grad_(False).to(job.device), tokenizer, "tiny")
     probe = Probe(recipe.samples, job.dtype, encode, job.work / "curve.jsonl")

@@ -1,6 +1,6 @@
 """Every number of the recipe, in one place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -105,3 +105,12 @@ TAU = 3.0  # of the matching loss: the factor of its logits
 EMPTY = ""  # the prompt that stands for none
 SHIFT = 3.0  # of the noise levels, in training and sampling
 CFG = 3.0  # guidance scale of the samples
+
+
+def without_matching(recipe: Recipe) -> Recipe:
+    """The same recipe without its auxiliary loss: what flow matching alone teaches."""
+    phases = []
+    for phase in recipe.phases:
+        batches = tuple(replace(batch, matching=0.0) for batch in phase.batches)
+        phases.append(replace(phase, batches=batches))
+    return replace(recipe, phases=tuple(phases))
