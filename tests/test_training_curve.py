@@ -14,7 +14,7 @@ def test_a_named_curve_is_kept_and_drawn(tmp_path, monkeypatch):
 
     entries = []
     for step, shape in ((100, 0.25), (200, 0.75)):
-        shown = {name: {"shape_ok": shape} for name in training_curve.DRAWN}
+        shown = {name: {"shape_ok": shape / (1 + number)} for number, name in enumerate(training_curve.DRAWN)}
         entries.append({"step": step, **shown, "matching": {"0.5": [0.1, 0.2, shape]}})
     work = tmp_path / "work.jsonl"
     work.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
@@ -27,6 +27,11 @@ def test_a_named_curve_is_kept_and_drawn(tmp_path, monkeypatch):
     assert "block 3" not in first
     training_curve.main([])
     assert (tmp_path / "curve.svg").read_text() == first
+    for entry in entries:
+        entry["single"], entry["several"] = entry["several"], entry["single"]
+    work.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    training_curve.main([str(work)])
+    assert (tmp_path / "curve.svg").read_text() != first  # each kind has a line of its own
 
 
 def test_phases_are_marked_where_they_begin(monkeypatch):
