@@ -1,6 +1,6 @@
 """The learning curve of the tiny model: what its samples show, and where its attention matches, along the training.
 
-    python -m benchmarks.training_curve WORK/curve.jsonl
+    python -m benchmarks.training_curve WORK/dit-curve.jsonl
 
 keeps the curve that a run of `python -m wan_mini.tiny.training dit` wrote into its --work folder as
 benchmarks/results/training_curve.jsonl and draws training_curve.svg beside it; without a file it draws the stored one.
@@ -69,7 +69,7 @@ def mark_phases(axes: Axes, recipe: Recipe) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Keep a curve if one is named; draw the stored one."""
     parser = Parser(prog="python -m benchmarks.training_curve", description=__doc__.splitlines()[0])
-    parser.add_argument("curve", type=Path, nargs="?", help="curve.jsonl of a training's --work folder")
+    parser.add_argument("curve", type=Path, nargs="?", help="dit-curve.jsonl of a training's --work folder")
     args = parser.parse_args(argv)
     if args.curve is not None:
         shutil.copyfile(args.curve, CURVE)

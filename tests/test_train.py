@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_the_last_state(whole, tmp_path, monkeypatch):
 
 
 def test_a_training_without_matching_differs_in_that_alone(whole, tmp_path, monkeypatch):
-    """And has a state and a record of its own name."""
+    """And has a state, a curve and a record of its own name."""
     made = []
 
     class Stop(Exception):
@@ -185,11 +185,21 @@ def test_a_training_without_matching_differs_in_that_alone(whole, tmp_path, monk
 
     monkeypatch.setattr(dit, "Trainer", make_trainer)
     (train,) = command.STAGES["dit-without-matching"]
+    folder = tmp_path / "other"
+    folder.mkdir()
+    shutil.copy(whole / "checkpoint" / vae.VAE_FILE, folder)
     with pytest.raises(Stop):
-        train(replace(make_job(tmp_path), folder=whole / "checkpoint"))
+        train(replace(make_job(tmp_path), folder=folder))
     assert made[0] == "dit-without-matching" and made[1] != recipe.DIT
     text = json.dumps(asdict(recipe.DIT))
     assert json.dumps(asdict(made[1])) == re.sub(r'"matching": [\d.]+', '"matching": 0.0', text)
+
+
+def test_the_weights_of_another_stage_are_not_replaced(whole, tmp_path):
+    (train,) = command.STAGES["dit-without-matching"]
+    shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
+    with pytest.raises(UserError, match="checkpoint has the DiT of dit: copy .* into another --folder"):
+        train(make_job(tmp_path))
 
 
 def test_a_fresh_folder_is_made(tmp_path, monkeypatch):
@@ -251,7 +261,7 @@ def test_the_latents_are_normalized(whole):
 def test_every_save_leaves_samples_and_figures(whole):
     assert Image.open(whole / "vae-000020.png").size == (3 * 192, 3 * 128)
     assert Image.open(whole / "dit-000020.png").size == (8 * 96, 2 * 64)  # 4 pictures, a clip in 8 frames, 4 empty
-    (line,) = (whole / "curve.jsonl").read_text("utf-8").splitlines()
+    (line,) = (whole / "dit-curve.jsonl").read_text("utf-8").splitlines()
     figures = json.loads(line)
     assert figures["step"] == 20 and set(figures["pictures"]) == {"color_ok", "background_ok", "shape_ok"}
     assert len(figures["matching"]["0.5"]) == DIT.num_layers

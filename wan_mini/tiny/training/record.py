@@ -22,11 +22,17 @@ Trained on synthetic clips (`wan_mini/tiny/world`) by the commands below; stored
 """
 
 
+def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
+    """The stages that have finished in a checkpoint folder, by name, with their figures."""
+    file = folder / FILE
+    stages: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return stages
+
+
 def record(trainer: Trainer, figures: dict[str, Any]) -> None:
     """Add a finished stage and its figures to training.json, and write README.md anew."""
     folder = trainer.job.folder
-    file = folder / FILE
-    stages = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    stages = read_stages(folder)
     losses = [entry["loss"] for entry in trainer.losses]
     means = [sum(losses[start : start + EVERY]) / EVERY for start in range(0, len(losses) - EVERY + 1, EVERY)]
     stages[trainer.name] = {
@@ -42,7 +48,7 @@ def record(trainer: Trainer, figures: dict[str, Any]) -> None:
         f"losses of the first {FIRST} steps": [round(loss, 5) for loss in losses[:FIRST]],
         f"mean losses of {EVERY} steps": [round(mean, 5) for mean in means],
     }
-    file.write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(describe(folder, stages), encoding="utf-8")
 
 
