@@ -31,6 +31,7 @@ from wan_mini.hashes import sha256_file
 from wan_mini.load import Wan, load_vae
 from wan_mini.runs.cli import Parser, run
 from wan_mini.tiny.demo import CHECKPOINT
+from wan_mini.tiny.training import data as training_data
 from wan_mini.tiny.training import fast_dit
 from wan_mini.tiny.training.data import CLOSEUP, Pool, Sampler
 from wan_mini.tiny.training.dit import Example, MakeEncoder, make_example, make_text_encoder, make_tokenizer
@@ -67,7 +68,7 @@ class Ablation:
     routed: bool = False  # half of the tokens pass by the blocks between the second and the last
     contrast: float = 0.0  # how much the velocity is pushed away from another item's
     dropout: float = DIT.dropout  # share of captions that are left out
-    neighbors: bool = True  # the text encoder's heads look at the words next to each, else at random
+    neighbors: bool = True  # the text encoder's heads look at one neighbor of a word each, else at all words
 
 
 ABLATIONS = {
@@ -193,15 +194,17 @@ def rows_of(args: Namespace, names: Sequence[str], done: set[tuple[str, str]]) -
     """One row for each ablation whose (seed, name) is not in `done`."""
     device = pick_device(args.device)
     dtype = pick_dtype(device, args.dtype)
-    data = args.work / f"data-{sha256_file(args.model / VAE_FILE)[:8]}"  # latents of one VAE
+    vae, code = sha256_file(args.model / VAE_FILE), sha256_file(Path(training_data.__file__))
+    data = args.work / f"data-{vae[:8]}-{code[:8]}"  # latents of one VAE, of scenes chosen in one way
     for name in names:
         if (str(args.seed), name) in done:
             continue
-        work = args.work / f"{args.seed}-{re.sub('[^0-9a-z]+', '-', name)}"
+        digest = settings(name, args)
+        work = args.work / f"{args.seed}-{re.sub('[^0-9a-z]+', '-', name)}-{digest}"
         work.mkdir(parents=True, exist_ok=True)
         job = Job(work, work, device, dtype, args.seed)
         print(f"{name}: samples in {work}", flush=True)
-        head = {"clip": str(args.seed), "kind": "closeups", "method": name, "settings": settings(name, args)}
+        head = {"clip": str(args.seed), "kind": "closeups", "method": name, "settings": digest}
         yield {**head, **train(ABLATIONS[name], args.steps, job, data, args.model)}
 
 

@@ -157,8 +157,15 @@ def test_a_run_that_goes_on(tmp_path, monkeypatch, capsys):
     assert seen == [(Ablation(), 7, 0), (Ablation(rate=2.0), 7, 0)]
     assert run(ablations.program, [*words, "--only", "recipe", "--seed", "1"]) == 0
     assert run(ablations.program, [*words, "--only", "recipe"]) == 0 and len(seen) == 3
-    assert {work for work, _ in folders} == {"0-recipe", "0-rates-x-2", "1-recipe"}
+    works = sorted(work for work, _ in folders)
+    assert [work.rpartition("-")[0] for work in works] == ["0-rates-x-2", "0-recipe", "1-recipe"]
     assert len({data for _, data in folders}) == 1
+    changed = replace(ABLATIONS["recipe"], neighbors=False)
+    monkeypatch.setitem(ABLATIONS, "recipe", changed)  # the state of the other is not judged for it
+    assert run(ablations.program, [*words, "--csv", str(tmp_path / "b.csv"), "--only", "recipe"]) == 0
+    assert len(folders) == 4
+    monkeypatch.undo()
+    monkeypatch.setattr(ablations, "train", train)
     assert "| recipe | 2 | 1 | 1 |" in capsys.readouterr().out
     assert run(ablations.program, [*words, "--only", "recipe", "--steps", "8"]) == 2
     assert "has rows of recipe with other options or weights" in capsys.readouterr().err

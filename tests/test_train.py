@@ -181,30 +181,47 @@ def test_a_training_without_matching_differs_in_that_alone(whole, tmp_path, monk
 
     def make_trainer(name, recipe, *others):
         made.extend((name, recipe))
+        return SimpleNamespace(ema=None)
+
+    def make_probe(samples, dtype, encode, file):
+        made.append(file.name)
         raise Stop
 
     monkeypatch.setattr(dit, "Trainer", make_trainer)
-    (train,) = command.STAGES["dit-without-matching"]
-    folder = tmp_path / "other"
-    folder.mkdir()
-    shutil.copy(whole / "checkpoint" / vae.VAE_FILE, folder)
+    monkeypatch.setattr(dit, "Probe", make_probe)
     with pytest.raises(Stop):
-        train(replace(make_job(tmp_path), folder=folder))
+        command.TRAIN["dit-without-matching"](replace(make_job(tmp_path), folder=whole / "checkpoint"))
     assert made[0] == "dit-without-matching" and made[1] != recipe.DIT
+    assert made[2] == "dit-without-matching-curve.jsonl"
     text = json.dumps(asdict(recipe.DIT))
     assert json.dumps(asdict(made[1])) == re.sub(r'"matching": [\d.]+', '"matching": 0.0', text)
 
 
-def test_the_weights_of_another_stage_are_not_replaced(whole, tmp_path):
-    (train,) = command.STAGES["dit-without-matching"]
-    shutil.copytree(whole / "checkpoint", tmp_path / "checkpoint")
-    with pytest.raises(UserError, match="checkpoint has the DiT of dit: copy .* into another --folder"):
-        train(make_job(tmp_path))
+def test_the_weights_of_another_stage_are_not_replaced(tmp_path, monkeypatch, capsys):
+    """Not of one that has only begun either; and it is said before the VAE is trained."""
+    began = []
+
+    def pauses(name, job):
+        began.append(name)
+        raise SystemExit(f"paused {name}")
+
+    for name in command.TRAIN:
+        monkeypatch.setitem(command.TRAIN, name, partial(pauses, name))
+    words = ["--work", str(tmp_path), "--folder", str(tmp_path / "checkpoint"), "--device", "cpu"]
+    for _ in range(2):  # the same one goes on
+        with pytest.raises(SystemExit, match="paused"):
+            command.program(["dit-without-matching", *words])
+    for stage in ("dit", "all"):
+        assert run(command.program, [stage, *words]) == 2
+        assert "checkpoint has the DiT of dit-without-matching: use another --folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="paused vae"):
+        command.program(["vae", *words])
+    assert began == ["dit-without-matching", "dit-without-matching", "vae"]
 
 
 def test_a_fresh_folder_is_made(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setitem(command.STAGES, "vae", (seen.append,))
+    monkeypatch.setitem(command.TRAIN, "vae", seen.append)
     work = tmp_path / "outputs" / "tiny"
     assert run(command.program, ["vae", "--work", str(work), "--device", "cpu"]) == 0
     assert work.is_dir() and seen[0].work == work

@@ -3,7 +3,8 @@
     vae                     the VAE, on crops of fresh clips
     dit                     DiT, by flow matching on the latents of fresh pictures and clips
     all                     one after the other
-    dit-without-matching    in the place of dit: without its auxiliary loss, for comparison
+    dit-without-matching    in the place of dit: without its auxiliary loss, for comparison, and in a --folder of its
+                            own, into which the VAE was copied
 
 The same command again goes on where the last one stopped.
 """
@@ -19,22 +20,23 @@ from wan_mini.errors import check_positive, check_range
 from wan_mini.runs.cli import Parser, run
 from wan_mini.tiny.training.dit import train_dit
 from wan_mini.tiny.training.recipe import DIT, without_matching
+from wan_mini.tiny.training.record import claim
 from wan_mini.tiny.training.trainer import Job
 from wan_mini.tiny.training.vae import train_vae
 
 UNMATCHED = "dit-without-matching"
-STAGES: dict[str, tuple[Callable[[Job], None], ...]] = {
-    "vae": (train_vae,),
-    "dit": (train_dit,),
-    "all": (train_vae, train_dit),
-    UNMATCHED: (partial(train_dit, recipe=without_matching(DIT), name=UNMATCHED),),
+TRAIN: dict[str, Callable[[Job], None]] = {
+    "vae": train_vae,
+    "dit": train_dit,
+    UNMATCHED: partial(train_dit, recipe=without_matching(DIT), name=UNMATCHED),
 }
+ALL = ("vae", "dit")
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser(prog="python -m wan_mini.tiny.training", description="Train the tiny Wan.")
-    p.add_argument("stage", choices=list(STAGES))
+    p.add_argument("stage", choices=[*TRAIN, "all"])
     p.add_argument("--seed", type=int, default=0, help="%(default)s")
     p.add_argument("--folder", type=Path, default=Path("outputs/tiny/checkpoint"), help="the result (%(default)s)")
     p.add_argument("--work", type=Path, default=Path("outputs/tiny"), help="data, states, pictures (%(default)s)")
@@ -57,8 +59,12 @@ def program(argv: list[str] | None) -> None:
     dtype = pick_dtype(device, args.dtype)
     args.work.mkdir(parents=True, exist_ok=True)
     job = Job(args.work, args.folder, device, dtype, args.seed, args.workers, time.monotonic() + 60 * args.minutes)
-    for train in STAGES[args.stage]:
-        train(job)
+    stages = ALL if args.stage == "all" else (args.stage,)
+    for stage in stages:
+        if stage != "vae":  # before hours of training, not after them
+            claim(job.folder, stage)
+    for stage in stages:
+        TRAIN[stage](job)
 
 
 if __name__ == "__main__":

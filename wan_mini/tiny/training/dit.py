@@ -1,6 +1,6 @@
 """Stage dit: the transformer, trained by flow matching on the VAE's latents.
 
-As for Wan 2.1, the text encoder is frozen. This one is random, but for heads that look at the words next to each. So
+As for Wan 2.1, the text encoder is frozen. This one is random, but each head looks at one neighbor of a word. So
 its vectors tell words apart, and the vector of a color tells whose color it is. Trained together with the transformer,
 it would make the words for shapes alike before the transformer has learned what they mean.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from wan_mini.config import TINY, TINY_UMT5, DiTConfig, UMT5Config
 from wan_mini.device.select import pick_dtype
 from wan_mini.dit import WanDiT
-from wan_mini.errors import MissingFile, UserError
+from wan_mini.errors import MissingFile
 from wan_mini.load import Wan, load_vae, save_wan
 from wan_mini.scheduler import shift_sigma
 from wan_mini.tiny.training import fast_dit, fast_vae
@@ -29,7 +29,7 @@ from wan_mini.tiny.training.grammar import casual, grammar_tokenizer
 from wan_mini.tiny.training.matching import matching_loss
 from wan_mini.tiny.training.probe import Probe, text_of
 from wan_mini.tiny.training.recipe import BLOCK, DIT, EMPTY, NEIGHBOR_BIAS, NEIGHBORS, SHIFT, TAU, Batch, Recipe
-from wan_mini.tiny.training.record import read_stages, record
+from wan_mini.tiny.training.record import record
 from wan_mini.tiny.training.trainer import Figures, Items, Job, Trainer
 from wan_mini.tiny.training.vae import VAE_FILE, normal, to_videos
 from wan_mini.tiny.world import make_clip
@@ -153,16 +153,10 @@ def make_example(items: Items, batch: Batch, rng: Generator, wan: Wan, recipe: R
 def train_dit(
     job: Job, recipe: Recipe = DIT, config: DiTConfig = TINY, text: UMT5Config = TINY_UMT5, name: str = "dit"
 ) -> None:
-    """Train the DiT, as the stage of this name; complete the checkpoint folder.
-
-    Raises MissingFile without a VAE, UserError if another stage has trained the folder's DiT.
-    """
+    """Train the DiT, as the stage of this name; complete the checkpoint folder. Raises MissingFile without a VAE."""
     file = job.folder / VAE_FILE
     if not file.exists():
         raise MissingFile(f"{file} does not exist: run the stage vae with the same --folder first")
-    others = sorted(read_stages(job.folder).keys() - {"vae", name})
-    if others:
-        raise UserError(f"{job.folder} has the DiT of {others[0]}: copy {VAE_FILE} into another --folder and use that")
     cpu = torch.device("cpu")  # data are made there, by processes that cannot share a GPU
     make_encoder = MakeEncoder(job.folder, pick_dtype(cpu))
     tokenizer_file = job.work / "tokenizer.json"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wan_mini.errors import UserError
 from wan_mini.tiny.training.trainer import Trainer
 
 FIRST = 200  # steps whose losses are kept, for who runs the recipe again
@@ -23,10 +24,28 @@ Trained on synthetic clips (`wan_mini/tiny/world`) by the commands below; stored
 
 
 def read_stages(folder: Path) -> dict[str, dict[str, Any]]:
-    """The stages that have finished in a checkpoint folder, by name, with their figures."""
+    """The stages that trained a checkpoint folder, by name, with their figures; without, if they go on."""
     file = folder / FILE
     stages: dict[str, dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return stages
+
+
+def claim(folder: Path, stage: str) -> None:
+    """Note in training.json that a stage of the DiT begins or goes on here.
+
+    Raises UserError if another one has begun here: each would replace the weights of the other.
+    """
+    stages = read_stages(folder)
+    others = sorted(stages.keys() - {"vae", stage})
+    if others:
+        raise UserError(f"{folder} has the DiT of {others[0]}: use another --folder, with a copy of its VAE")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_stages(folder, {**stages, stage: stages.get(stage, {})})
+
+
+def write_stages(folder: Path, stages: dict[str, dict[str, Any]]) -> None:
+    """Write training.json."""
+    (folder / FILE).write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
 
 
 def record(trainer: Trainer, figures: dict[str, Any]) -> None:
@@ -48,7 +67,7 @@ def record(trainer: Trainer, figures: dict[str, Any]) -> None:
         f"losses of the first {FIRST} steps": [round(loss, 5) for loss in losses[:FIRST]],
         f"mean losses of {EVERY} steps": [round(mean, 5) for mean in means],
     }
-    (folder / FILE).write_text(json.dumps(stages, indent=1) + "\n", encoding="utf-8")
+    write_stages(folder, stages)
     (folder / "README.md").write_text(describe(folder, stages), encoding="utf-8")
 
 
