@@ -67,6 +67,7 @@ def test_an_interval_by_its_formula():
     made_up = [{"kind": "single", "method": "x", "a": a} for a in (0.0, 1.0, np.nan, *[0.5] * 48)]
     assert table(made_up, ["a"]).splitlines()[-1].split() == ["all", "x", "51", "0.50", "±0.03"]
     assert mean_with_interval(np.array([np.nan])) == "-"
+    assert mean_with_interval(np.array([0.25, np.nan])) == "0.25"  # of one clip there is no interval
 
 
 def test_a_cell_of_the_table_does_not_depend_on_the_others():
