@@ -112,8 +112,8 @@ def evaluate(
 def mean_with_interval(values: np.ndarray) -> str:
     """Mean of values (clips,) and half the width of its 95 % interval, between quantiles of a bootstrap over clips.
 
-    NaN, where a measure is not defined, does not count; one clip has no interval. Each call draws from the same seed, so
-    none depends on others.
+    NaN, where a measure is not defined, does not count; one clip has no interval. Each call draws from the same seed,
+    so none depends on others.
     """
     values = values[~np.isnan(values)]
     if not len(values):
