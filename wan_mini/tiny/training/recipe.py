@@ -89,7 +89,7 @@ DIT = Recipe(
     phases=(
         Phase(3000, (_CLOSEUPS,)),  # shapes, where they are large: whole frames teach them ten times slower
         Phase(4000, (_CLOSEUPS, _PICTURES, _PICTURES)),
-        Phase(1300, (_PICTURES, _SHORT)),  # pictures in between, all the while
+        Phase(1300, (_PICTURES, _SHORT)),  # pictures in between, so that shapes stay in the data
         Phase(4500, (_PICTURES, _LONG, _GROUPS, _LONG)),
     ),
     muon_lr=0.02,
